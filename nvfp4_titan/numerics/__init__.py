@@ -1,0 +1,16 @@
+"""The oracle: NVFP4 numerics in plain PyTorch on any device. Backends are right when equal to it."""
+
+from .hadamard import rht
+from .keys import sr_key
+from .layout import from_blocked, to_blocked
+from .quantize import QuantizedOperand, dequantize, quantize
+
+__all__ = [
+    "QuantizedOperand",
+    "dequantize",
+    "from_blocked",
+    "quantize",
+    "rht",
+    "sr_key",
+    "to_blocked",
+]

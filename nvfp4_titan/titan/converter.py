@@ -1,0 +1,84 @@
+"""The `nvfp4` model converter: settings to `convert`, checked before anything is built."""
+
+from torch import distributed, nn
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.model_converter import ModelConverter
+from torchtitan.tools.logging import logger
+
+from ..backends import resolve
+from ..errors import ConfigError, UnsupportedError
+from ..recipe import Selection, get_recipe, parse_rules
+from ..training import Report, convert
+from . import record
+
+
+class NVFP4Converter(ModelConverter):
+    """Converts linears (and experts) of the model as the [nvfp4] section says.
+
+    Raises:
+        ConfigError: a setting that cannot be used.
+        UnsupportedError: the backend, or a parallelism that NVFP4 layers do not support.
+    """
+
+    report: Report | None = None
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
+        self.job_config = job_config
+        self.settings = settings = _settings(job_config)
+        _check_reserved(settings)
+        if parallel_dims.tp_enabled:
+            raise UnsupportedError(
+                "NVFP4 layers do not support tensor parallelism yet: set "
+                "parallelism.tensor_parallel_degree = 1"
+            )
+        self.backend = resolve(settings.backend)
+        # Bad rules must fail here, before the model is built.
+        Selection(
+            get_recipe(settings.recipe),
+            parse_rules(settings.rules),
+            settings.bf16_first_layers,
+            settings.bf16_last_fraction,
+        )
+
+    def convert(self, model: nn.Module) -> None:
+        """Convert in place and print the report once."""
+        settings = self.settings
+        self.report = convert(
+            model,
+            recipe=settings.recipe,
+            rules=settings.rules,
+            bf16_first_layers=settings.bf16_first_layers,
+            bf16_last_fraction=settings.bf16_last_fraction,
+            experts=settings.experts,
+            backend=self.backend,
+            seed=settings.seed,
+            rht=settings.rht,
+            sr=settings.sr,
+            weights_2d=settings.weights_2d,
+        )
+        if not distributed.is_initialized() or distributed.get_rank() == 0:
+            logger.info(f"{self.report}")
+            record.write_conversion(self.job_config, self.report)
+
+    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """Nothing to refresh: weights are quantized where they are used."""
+
+
+def _settings(job_config: JobConfig):
+    if not hasattr(job_config, "nvfp4"):
+        raise ConfigError(
+            "the nvfp4 converter needs its settings: add "
+            "--job.custom_config_module nvfp4_titan.titan.job_config"
+        )
+    return job_config.nvfp4
+
+
+def _check_reserved(settings) -> None:
+    reserved = {"schedule": [], "fp4_all_gather": False, "numerics_log_freq": 0}
+    for name, only in reserved.items():
+        value = getattr(settings, name)
+        if isinstance(value, list):
+            value = [item for item in value if item.strip()]
+        if value != only:
+            raise ConfigError(f"nvfp4.{name} is not in this version: leave it at {only!r}")

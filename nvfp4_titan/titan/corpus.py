@@ -1,0 +1,189 @@
+"""Real text on any machine without a download: Python sources, and a BPE tokenizer trained on them.
+
+A corpus is the UTF-8 `.py` files under some folders, without tests: `stdlib` the running Python's
+standard library (about 13 MB), `pysource` everything on sys.path (hundreds of MB on a usual training
+machine). Files are told apart, split and ordered by the SHA-256 of their content: duplicates are
+dropped, one file in 20 is held out for validation, and the order is the same everywhere.
+
+Made once under the user's cache folder, by one process (others wait for its lock), and moved into
+place complete. Contents differ between Python versions, so the corpus carries its own hash.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, load_from_disk
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ..errors import ConfigError
+
+VERSION = 1
+"""Part of every cache path: raise it when what is written changes."""
+VOCAB_SIZE = 2048
+"""Vocabulary of torchtitan's debug models."""
+VALIDATION_SHARE = 1 / 20
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+SPLITS = ("train", "validation")
+
+_TEST_FOLDERS = {"test", "tests", "idle_test", "__pycache__"}
+_STDLIB_EXCLUDES = {"site-packages", "dist-packages"}
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus on disk.
+
+    Attributes:
+        path: Folder that holds `train` and `validation` (datasets on disk) and `corpus.json`.
+        sha256: Hash over the hashes of all files, in order.
+        files: Number of files in each split.
+        bytes: UTF-8 bytes in each split.
+    """
+
+    path: Path
+    sha256: str
+    files: dict[str, int]
+    bytes: dict[str, int]
+
+    def load(self, split: str) -> Dataset:
+        """A split as a map-style dataset with one column, "text", one file a row."""
+        return load_from_disk(str(self.path / split))
+
+
+def cache_root() -> Path:
+    """$XDG_CACHE_HOME/nvfp4_titan, or ~/.cache/nvfp4_titan."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "nvfp4_titan"
+
+
+def stdlib_roots() -> list[str]:
+    """The folder of the running Python's standard library."""
+    return [sysconfig.get_paths()["stdlib"]]
+
+
+def pysource_roots() -> list[str]:
+    """Every folder on sys.path, but the current one."""
+    roots = {os.path.realpath(entry) for entry in sys.path if os.path.isdir(entry or os.devnull)}
+    return sorted(roots - {os.path.realpath(os.getcwd())})
+
+
+def build(name: str, roots: Iterable[str]) -> Corpus:
+    """The corpus of the Python files under `roots`, made now or taken from the cache.
+
+    Args:
+        name: Prefix of the cache folder.
+        roots: Folders, searched with their subfolders.
+
+    Raises:
+        ConfigError: a folder is not there, or holds no Python files.
+    """
+    roots = sorted(roots)
+    for root in roots:
+        if not os.path.isdir(root):
+            raise ConfigError(f"dataset folder {root} is not there: give an existing folder")
+    # Name, size and place of every file: a changed tree gets a new corpus.
+    listing = [(str(path), path.stat().st_size) for path in _python_files(name, roots)]
+    digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+    target = cache_root() / f"{name}-v{VERSION}-{digest}"
+    _make_once(target, lambda folder: _write_corpus(folder, [path for path, _ in listing], roots))
+    fields = json.loads((target / "corpus.json").read_text())
+    return Corpus(target, **fields)
+
+
+def tokenizer_path() -> Path:
+    """Folder of the 2,048-token BPE tokenizer of the stdlib's training split, made if missing.
+
+    It holds tokenizer.json and tokenizer_config.json, as torchtitan's `model.hf_assets_path` wants.
+    """
+    corpus = build("stdlib", stdlib_roots())
+    target = cache_root() / f"tokenizer-v{VERSION}-{corpus.sha256[:16]}-{VOCAB_SIZE}"
+    _make_once(target, lambda folder: _write_tokenizer(folder, corpus))
+    return target
+
+
+def file_sha256(path: Path | str) -> str:
+    """SHA-256 of a file's content, in hex."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _python_files(name: str, roots: list[str]) -> Iterator[Path]:
+    excluded = _TEST_FOLDERS | (_STDLIB_EXCLUDES if name == "stdlib" else set())
+    for root in roots:
+        for folder, subfolders, files in os.walk(root):
+            subfolders[:] = sorted(set(subfolders) - excluded)
+            for file in sorted(files):
+                path = Path(folder, file)
+                if file.endswith(".py") and path.is_file():
+                    yield path
+
+
+def _write_corpus(folder: Path, paths: list[str], roots: list[str]) -> None:
+    texts: dict[str, str] = {}
+    for path in paths:
+        content = Path(path).read_bytes()
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        if text.strip():
+            texts[hashlib.sha256(content).hexdigest()] = text
+    if not texts:
+        raise ConfigError(f"no UTF-8 Python files under {', '.join(roots)}: give another folder")
+    order = sorted(texts)
+    # The first hex digits of a SHA-256 are uniform: they split, and the sort shuffles.
+    held_out = [digest for digest in order if int(digest[-8:], 16) < VALIDATION_SHARE * 16**8]
+    chosen = {"validation": held_out, "train": [d for d in order if d not in set(held_out)]}
+    for split in SPLITS:
+        rows = {"text": [texts[digest] for digest in chosen[split]]}
+        Dataset.from_dict(rows).save_to_disk(str(folder / split))
+    record = {
+        "sha256": hashlib.sha256("".join(order).encode()).hexdigest(),
+        "files": {split: len(chosen[split]) for split in SPLITS},
+        "bytes": {s: sum(len(texts[d].encode()) for d in chosen[s]) for s in SPLITS},
+    }
+    (folder / "corpus.json").write_text(json.dumps(record, indent=2))
+
+
+def _write_tokenizer(folder: Path, corpus: Corpus) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus.load("train")["text"], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": BOS, "eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def _make_once(target: Path, write) -> None:
+    """Have one process of all make a folder; it appears complete or not at all."""
+    if target.is_dir():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if target.is_dir():
+            return
+        _logger.info("Making %s (once)", target)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+        try:
+            write(scratch)
+            scratch.rename(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)

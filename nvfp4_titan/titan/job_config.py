@@ -1,0 +1,100 @@
+"""torchtitan's config module: `--job.custom_config_module nvfp4_titan.titan.job_config`.
+
+Importing it registers the `nvfp4` converter, the dataset names and the model flavors, so that plain
+torchtitan needs this one key more than `--model.converters nvfp4`. No `from __future__ import
+annotations` here: torchtitan reads field types as classes.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torchtitan.protocols.model_converter import register_model_converter
+
+from . import datasets, models
+from .converter import NVFP4Converter
+from .corpus import tokenizer_path
+
+
+def _cached_tokenizer() -> str:
+    return str(tokenizer_path())
+
+
+@dataclass
+class NVFP4:
+    """Settings of the `nvfp4` converter."""
+
+    recipe: str = "nvfp4"
+    """
+    Formats of the three GEMMs: "nvfp4" (1x16 activations, 16x16 weights, RHT on wgrad, SR on dy) or
+    "bf16" (nothing is converted, a control run).
+    """
+
+    rules: list[str] = field(default_factory=list)
+    """
+    Comma separated "glob=recipe" rules over module names, such as
+    "layers.*.attention.wo=bf16,output=nvfp4". The last match wins; rules override everything else,
+    the lm head and the routers included. A rule that matches nothing is an error.
+    """
+
+    bf16_first_layers: int = 0
+    """Transformer blocks at the start of the model that stay in high precision."""
+
+    bf16_last_fraction: float = 0.15
+    """
+    Fraction of the model's transformer blocks, rounded up, that stays in high precision at its end;
+    0 is none. Counted on the whole model, before pipeline parallelism.
+    """
+
+    experts: bool = True
+    """Whether the routed experts of MoE models are converted too."""
+
+    backend: Literal["auto", "reference", "triton", "native"] = "auto"
+    """
+    Which implementation runs: "reference" (PyTorch, any device), "triton" (NVIDIA GPUs), "native"
+    (Blackwell). "auto" picks the fastest that runs here and logs its choice. All give the same bits.
+    """
+
+    seed: int = 0
+    """Seed of stochastic rounding. Together with a layer's name it keys all random bits."""
+
+    rht: bool = True
+    """Random Hadamard transform on the operands of wgrad. Switch off for ablations only."""
+
+    sr: bool = True
+    """Stochastic rounding of gradients; off is round to nearest. Switch off for ablations only."""
+
+    weights_2d: bool = True
+    """16x16 weight blocks, the same values in fprop and dgrad; off is 1x16."""
+
+    schedule: list[str] = field(default_factory=list)
+    """Reserved for "fraction:gemm=format" changes during training; must be empty in this version."""
+
+    fp4_all_gather: bool = False
+    """Reserved for FSDP all-gathers of codes and scales; must be false in this version."""
+
+    numerics_log_freq: int = 0
+    """Reserved for numerics telemetry every so many steps; must be 0 (off) in this version."""
+
+
+@dataclass
+class Model:
+    """Overrides of torchtitan's [model] section."""
+
+    hf_assets_path: str = field(default_factory=_cached_tokenizer)
+    """
+    Folder of the tokenizer and other Hugging Face assets. Default: the 2,048-token tokenizer of the
+    stdlib corpus, made at first use under the user's cache folder.
+    """
+
+
+@dataclass
+class JobConfig:
+    """What is merged into torchtitan's JobConfig."""
+
+    nvfp4: NVFP4 = field(default_factory=NVFP4)
+    model: Model = field(default_factory=Model)
+
+
+register_model_converter(NVFP4Converter, "nvfp4")
+datasets.register()
+models.register()

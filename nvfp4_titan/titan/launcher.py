@@ -1,0 +1,90 @@
+"""`python -m nvfp4_titan.train`: torchtitan's trainer on any device, with errors a user can act on.
+
+Started by torchrun it is one rank. Started plainly it is the job: one process for NGPU=1 (or unset),
+torchrun's agent with NGPU workers otherwise. What the user can mend (nvfp4_titan.errors.UserError)
+ends in one line and exit status 2; everything else keeps its traceback.
+"""
+
+import os
+import socket
+import sys
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from ..errors import ConfigError, UserError
+from . import cpu_runtime
+
+USAGE_ERROR = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train as torchtitan's command line says; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        workers = _workers(argv)
+        if "RANK" not in os.environ and workers > 1:
+            return _spawn(workers, argv)
+        if "RANK" not in os.environ:
+            os.environ |= _single_process_environment()
+        train(argv)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return USAGE_ERROR
+    return 0
+
+
+def train(argv: list[str]) -> None:
+    """Run torchtitan's trainer in this process, which is one rank.
+
+    Raises:
+        UserError: a setting or a machine that cannot be used as asked.
+    """
+    cpu_runtime.install()
+    from .trainer import run  # imports torchtitan, which must see the CPU runtime
+
+    cpu_runtime.patch_moe()
+    run(argv)
+
+
+def _workers(argv: list[str]) -> int:
+    text = os.environ.get("NGPU", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"NGPU={text!r} must be a positive number of processes")
+    # torchtitan's dry-run modes play all ranks in one process.
+    simulated = any(mode in " ".join(argv) for mode in ("fake_backend", "local_tensor"))
+    return 1 if simulated else int(text)
+
+
+def _single_process_environment() -> dict[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": os.environ.get("WORLD_SIZE", "1"),
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _spawn(workers: int, argv: list[str]) -> int:
+    """torchrun on this host; returns the exit status of the first worker that failed."""
+    log_rank = os.environ.get("LOG_RANK", "0")
+    options = [
+        f"--nproc-per-node={workers}",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+        f"--local-ranks-filter={log_rank}",
+        "--role=rank",
+        "--tee=3",
+    ]
+    try:
+        torchrun.main([*options, "-m", "nvfp4_titan.train", *argv])
+    except ChildFailedError as failure:
+        print(failure, file=sys.stderr)
+        return failure.get_first_failure()[1].exitcode
+    return 0

@@ -1,0 +1,73 @@
+"""The run's record: what it was trained with, beside its TensorBoard files."""
+
+import json
+import platform
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torchtitan.tools import utils
+
+from ..training import Report
+from ..version import __version__
+from . import corpus
+from .datasets import dataset_corpus
+
+FILE, CONVERSION_FILE = "run_record.json", "conversion.json"
+PACKAGES = ("torch", "torchtitan", "torchao", "triton", "datasets", "tokenizers")
+
+
+def write(job_config) -> Path:
+    """Write `run_record.json` into the job's dump folder.
+
+    Args:
+        job_config: torchtitan's JobConfig.
+
+    Returns:
+        The file's path.
+    """
+    training, validation = job_config.training, job_config.validation
+    datasets = {"training": (training.dataset, training.dataset_path)}
+    if validation.enable:
+        datasets["validation"] = (validation.dataset, validation.dataset_path)
+    corpora = {key: dataset_corpus(*value) for key, value in datasets.items()}
+    tokenizer = Path(job_config.model.hf_assets_path) / "tokenizer.json"
+    record = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "device": utils.device_module.get_device_name(),
+        "python": platform.python_version(),
+        "versions": {"nvfp4_titan": __version__} | {name: _version(name) for name in PACKAGES},
+        "threads": torch.get_num_threads(),
+        "datasets": {key: list(value) for key, value in datasets.items()},
+        "corpus_sha256": {key: made.sha256 for key, made in corpora.items() if made},
+        "tokenizer_sha256": corpus.file_sha256(tokenizer) if tokenizer.is_file() else None,
+        "config": job_config.to_dict(),
+    }
+    return _write(job_config, FILE, record)
+
+
+def write_conversion(job_config, report: Report) -> Path:
+    """Write the conversion's report beside the run's record, as `conversion.json`."""
+    content = {
+        "flops_share": report.flops_share,
+        "entries": [asdict(entry) for entry in report.entries],
+    }
+    return _write(job_config, CONVERSION_FILE, content)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _write(job_config, name: str, content: dict) -> Path:
+    path = Path(job_config.job.dump_folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2))
+    return path

@@ -1,0 +1,7 @@
+"""Training: autograd functions, modules and conversion of models."""
+
+from .convert import convert
+from .linear import NVFP4Linear, key_tensor, linear
+from .report import Entry, Report
+
+__all__ = ["Entry", "NVFP4Linear", "Report", "convert", "key_tensor", "linear"]

@@ -1,0 +1,174 @@
+"""`convert`: swap a model's linears and experts for NVFP4 ones, in place, and report every choice.
+
+Runs before sharding, on any device, meta included. Nothing is silent: a rule that matches nothing,
+or a conversion that converts nothing, is an error; everything left alone is in the report.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..backends import Backend, resolve
+from ..errors import ConfigError
+from ..recipe import Choice, Recipe, Selection, get_recipe, parse_rules
+from .linear import NVFP4Linear
+from .report import LINEAR, Entry, Report
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Something that multiplies by a weight."""
+
+    names: tuple[str, ...]
+    kind: str
+    shape: tuple[int, ...]
+    flops_per_token: int
+    obstacle: str | None = None
+
+    def entry(self, choice: Choice) -> Entry:
+        converted = choice.recipe.quantized
+        return Entry(
+            self.names[0],
+            self.kind,
+            self.shape,
+            self.flops_per_token,
+            choice.recipe.name,
+            converted,
+            choice.reason,
+        )
+
+
+def convert(
+    model: nn.Module,
+    *,
+    recipe: str | Recipe = "nvfp4",
+    rules: Iterable[str] = (),
+    bf16_first_layers: int = 0,
+    bf16_last_fraction: float = 0.15,
+    experts: bool = True,
+    backend: str | Backend = "auto",
+    seed: int = 0,
+    rht: bool = True,
+    sr: bool = True,
+    weights_2d: bool = True,
+) -> Report:
+    """Convert a model in place.
+
+    Args:
+        model: Any nn.Module, before FSDP, TP or compile; the whole model, not a pipeline stage.
+        recipe: Name in `RECIPES`, or a Recipe.
+        rules: "glob=recipe" strings over FQNs; the last match wins and overrides everything.
+        bf16_first_layers: Transformer blocks at the start that stay in high precision.
+        bf16_last_fraction: Fraction of the blocks, rounded up, at the end that stays so.
+        experts: Whether routed experts are converted too.
+        backend: "auto", "reference", "triton", "native", or a Backend.
+        seed: Seed of stochastic rounding.
+        rht, sr, weights_2d: Switch off the Hadamard transform, stochastic rounding (RTNE instead),
+            16x16 weight blocks (1x16 instead).
+
+    Returns:
+        Report of every linear and expert weight.
+
+    Raises:
+        ConfigError: unknown recipe, malformed rule, a rule that matches nothing, nothing converted,
+            a model that was converted before, or one that is itself a linear.
+        UnsupportedError: the backend cannot run here.
+    """
+    backend = resolve(backend) if isinstance(backend, str) else backend
+    selection = Selection(
+        get_recipe(recipe),
+        parse_rules(rules),
+        bf16_first_layers,
+        bf16_last_fraction,
+        rht,
+        sr,
+        weights_2d,
+    )
+    _check_model(model)
+    blocks = _blocks(model)
+    sites = _linears(model)
+    _check_rules(selection, sites)
+    entries, swapped = [], {}
+    for parent, child_name, module, site in sites:
+        choice = _choose(selection, site, blocks)
+        entries.append(site.entry(choice))
+        if choice.recipe.quantized:
+            # A linear that is registered twice stays one module.
+            if module not in swapped:
+                swapped[module] = NVFP4Linear.from_linear(
+                    module, recipe=choice.recipe, backend=backend, name=site.names[0], seed=seed
+                )
+            setattr(parent, child_name, swapped[module])
+    report = Report(tuple(entries))
+    if selection.recipe.quantized and not report.converted:
+        raise ConfigError(f"nothing to convert: loosen the rules, or drop the converter\n{report}")
+    return report
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, nn.Linear):
+        raise ConfigError(
+            "the model is itself a linear: build an NVFP4Linear instead of converting"
+        )
+    for fqn, module in model.named_modules():
+        if isinstance(module, NVFP4Linear):
+            raise ConfigError(f"{fqn} was converted before: convert a model once")
+
+
+def _linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, _Site]]:
+    """Every linear of the model with its parent and attribute name, in model order."""
+    found = []
+    for parent_fqn, parent in model.named_modules():
+        for child_name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                fqn = f"{parent_fqn}.{child_name}" if parent_fqn else child_name
+                shape = (child.out_features, child.in_features)
+                site = _Site((fqn,), LINEAR, shape, 2 * shape[0] * shape[1], _obstacle(child))
+                found.append((parent, child_name, child, site))
+    return found
+
+
+def _obstacle(module: nn.Linear) -> str | None:
+    """Why a linear cannot be swapped, None where it can."""
+    if type(module) is not nn.Linear:
+        return f"is a {type(module).__name__}, not a plain nn.Linear"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "has hooks: register them after conversion"
+    return None
+
+
+def _choose(selection: Selection, site: _Site, blocks: dict[str, int]) -> Choice:
+    fqn = site.names[0]
+    block = next((i for prefix, i in blocks.items() if fqn.startswith(prefix)), None)
+    choice = selection.choose(site.names, block, len(blocks))
+    if choice.recipe.quantized and site.obstacle:
+        if choice.reason.startswith("rule "):
+            raise ConfigError(f"{choice.reason} names {fqn}, which {site.obstacle}")
+        return Choice(get_recipe("bf16"), site.obstacle)
+    return choice
+
+
+def _blocks(model: nn.Module) -> dict[str, int]:
+    """FQN prefixes of the transformer blocks, "layers.0." and so on, with their index.
+
+    The blocks are the children of the outermost container whose children are numbered; none where
+    there is no such container (a plain nn.Sequential is a function, not a stack of blocks).
+    """
+    for fqn, module in model.named_modules():
+        names = [name for name, _ in module.named_children()]
+        numbered = names and all(name.isdigit() for name in names)
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and numbered:
+            prefix = f"{fqn}." if fqn else ""
+            return {f"{prefix}{name}.": i for i, name in enumerate(sorted(names, key=int))}
+    return {}
+
+
+def _check_rules(selection: Selection, sites: list) -> None:
+    for rule in selection.rules:
+        if not any(rule.matches(site.names) for *_, site in sites):
+            examples = ", ".join(site.names[0] for *_, site in sites[:3])
+            raise ConfigError(
+                f"rule '{rule.glob}={rule.recipe}' matches no linear or expert weight; names look "
+                f"like {examples}"
+            )

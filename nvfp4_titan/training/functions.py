@@ -1,0 +1,106 @@
+"""The autograd function of a linear: three NVFP4 GEMMs, each operand quantized from high precision.
+
+    fprop  y  = Q(x)        @ Q(w).T         x 1x16 RTNE, w 16x16 RTNE
+    dgrad  dx = Q(dy)       @ Q(w)           dy 1x16 SR, the same w codes as fprop
+    wgrad  dw = Q(RHT(dy.T)) @ Q(RHT(x.T)).T  dy 1x16 SR, x 1x16 RTNE, contraction over tokens
+
+(for the "nvfp4" recipe; the formats come from the recipe). x and dy are each quantized twice from
+high precision, never requantized: an operand's blocks run along its contraction dim. What backward
+needs of x is kept packed, 0.56 bytes an element; of w too.
+"""
+
+import torch
+
+from ..backends import Backend, OperandUse, stream
+from ..numerics import QuantizedOperand
+from ..recipe import GemmFormat, Recipe
+
+
+def use(gemm: GemmFormat, name: str, side: str) -> OperandUse:
+    """How one operand of a GEMM is quantized.
+
+    Args:
+        gemm: The GEMM's formats.
+        name: "fprop", "dgrad" or "wgrad".
+        side: "left" or "right".
+    """
+    return OperandUse(getattr(gemm, side), stream(name, side))
+
+
+def shares_weight_codes(recipe: Recipe) -> bool:
+    """Whether dgrad reads the codes that fprop made of w (16x16 blocks do, 1x16 do not)."""
+    return recipe.fprop.right == recipe.dgrad.right and recipe.fprop.right.transposable
+
+
+class LinearFunction(torch.autograd.Function):
+    """y = x @ w.T in a recipe's formats. Call it through `linear`."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        key: torch.Tensor | None,
+        recipe: Recipe,
+        backend: Backend,
+        grads: tuple[bool, bool],
+    ) -> torch.Tensor:
+        """x (M, K), w (N, K) -> (M, N) in x's dtype. grads: whether dx and dw will be asked for."""
+        need_dx, need_dw = grads
+        shared = shares_weight_codes(recipe)
+        x_rows, x_cols = backend.quantize(
+            x,
+            use(recipe.fprop, "fprop", "left"),
+            use(recipe.wgrad, "wgrad", "right") if need_dw else None,
+            key,
+        )
+        # A weight is multiplied in the activations' precision, as autocast and FSDP have it.
+        w_rows, w_cols = backend.quantize(
+            w.to(x.dtype),
+            use(recipe.fprop, "fprop", "right"),
+            use(recipe.dgrad, "dgrad", "right") if need_dx and not shared else None,
+            key,
+        )
+        # (M, K) @ (N, K).T -> (M, N)
+        y = backend.mm(x_rows, w_rows, w.shape[0], x.dtype)
+        saved = (x_cols if need_dw else None, (w_rows if shared else w_cols) if need_dx else None)
+        ctx.save_for_backward(key, *_tensors(saved[0]), *_tensors(saved[1]))
+        ctx.recipe, ctx.backend = recipe, backend
+        ctx.shape = (*w.shape, x.shape[0])
+        ctx.dtypes = (x.dtype, w.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor):
+        """dx (M, K) in x's dtype, dw (N, K) in w's dtype."""
+        recipe, backend = ctx.recipe, ctx.backend
+        n, k, m = ctx.shape
+        x_dtype, w_dtype = ctx.dtypes
+        key, *saved = ctx.saved_tensors
+        x_cols = _operand(saved[:3], m)
+        shared = shares_weight_codes(recipe)
+        w_operand = _operand(saved[3:], k if shared else n)
+        dy_rows, dy_cols = backend.quantize(
+            dy.contiguous(),
+            use(recipe.dgrad, "dgrad", "left") if w_operand else None,
+            use(recipe.wgrad, "wgrad", "left") if x_cols else None,
+            key,
+        )
+        dx = dw = None
+        if w_operand:
+            # (M, N) @ (N, K) -> (M, K)
+            dx = backend.mm(dy_rows, w_operand, k, x_dtype, shared)
+        if x_cols:
+            # (N, M) @ (K, M).T -> (N, K)
+            dw = backend.mm(dy_cols, x_cols, k, w_dtype)
+        return dx, dw, None, None, None, None
+
+
+def _tensors(operand: QuantizedOperand | None) -> tuple[torch.Tensor | None, ...]:
+    if operand is None:
+        return None, None, None
+    return operand.codes, operand.block_scale, operand.amax
+
+
+def _operand(tensors: list[torch.Tensor | None], size: int) -> QuantizedOperand | None:
+    return None if tensors[0] is None else QuantizedOperand(*tensors, size)

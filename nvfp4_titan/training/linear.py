@@ -1,0 +1,136 @@
+"""`linear`, the NVFP4 counterpart of torch.nn.functional.linear, and its module."""
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..backends import Backend, resolve
+from ..errors import ConfigError, UnsupportedError
+from ..numerics import sr_key
+from ..recipe import Recipe, get_recipe
+from .functions import LinearFunction
+
+
+def key_tensor(seed: int, name: str) -> torch.Tensor:
+    """A layer's SR key as the ops take it: an int64 scalar on the CPU.
+
+    A tensor and not an int, so that torch.compile sees an input and not a constant: blocks that
+    differ in nothing else share one compiled graph. On the CPU, so that reading it never waits.
+    """
+    return torch.tensor(sr_key(seed, name), dtype=torch.int64, device="cpu")
+
+
+def linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    recipe: str | Recipe = "nvfp4",
+    backend: str | Backend = "auto",
+    key: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x @ w.T + bias with all three GEMMs in the recipe's formats.
+
+    Args:
+        x: (..., K) fp32, bf16 or fp16, any strides.
+        w: (N, K). Under autocast it is read in autocast's dtype and its gradient keeps its own.
+        bias: (N,) or None. Added in x's dtype; its gradient comes from the unquantized dy.
+        recipe: Name in `RECIPES`, or a Recipe.
+        backend: Name ("auto" picks), or a Backend.
+        key: int64 CPU scalar from `key_tensor`, the SR key; None uses that of seed 0, name "".
+
+    Returns:
+        (..., N) in x's dtype (autocast's where that is enabled).
+
+    Raises:
+        ConfigError: unknown recipe, or shapes or dtypes that do not fit.
+        UnsupportedError: the backend cannot run here, or an argument is a DTensor.
+
+    Source: NVIDIA arXiv 2509.25149; the bits are in nvfp4_titan.numerics.
+    """
+    recipe = get_recipe(recipe)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif x.dtype != w.dtype:
+        raise ConfigError(f"x is {x.dtype} and w is {w.dtype}: cast one, or use torch.autocast")
+    if not recipe.quantized:
+        return nn.functional.linear(x, w, bias)
+    if w.dim() != 2 or x.shape[-1] != w.shape[1]:
+        raise ConfigError(
+            f"x {tuple(x.shape)} and w {tuple(w.shape)} do not fit: need (..., K) and (N, K)"
+        )
+    if isinstance(x, DTensor) or isinstance(w, DTensor):
+        raise UnsupportedError(
+            "NVFP4 linears do not take DTensors yet: use FSDP (tensor_parallel_degree = 1), or keep "
+            "these layers in bf16 with a rule"
+        )
+    if isinstance(backend, str):
+        backend = resolve(backend)
+    if key is None and recipe.needs_key:
+        key = key_tensor(0, "")
+    grad = torch.is_grad_enabled()
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    grads = (grad and x.requires_grad, grad and w.requires_grad)
+    y = LinearFunction.apply(flat, w, key, recipe, backend, grads)
+    y = y.view(*x.shape[:-1], w.shape[0])
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+class NVFP4Linear(nn.Linear):
+    """nn.Linear whose three GEMMs run in a recipe's formats.
+
+    Parameters, their names, the state dict and the initialisation are nn.Linear's, so that
+    checkpoints, optimizers and exports see no difference. Its SR key is neither parameter nor
+    buffer: `to_empty()` and checkpoints leave it alone.
+
+    Attributes:
+        recipe: The Recipe.
+        backend: The Backend.
+        key: int64 CPU scalar, the SR key of this layer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recipe: str | Recipe = "nvfp4",
+        backend: str | Backend = "auto",
+        name: str = "",
+        seed: int = 0,
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.recipe = get_recipe(recipe)
+        self.backend = resolve(backend) if isinstance(backend, str) else backend
+        self.key = key_tensor(seed, name)
+
+    @classmethod
+    def from_linear(
+        cls, module: nn.Linear, *, recipe: Recipe, backend: Backend, name: str, seed: int
+    ) -> "NVFP4Linear":
+        """A converted module that holds the very parameters of `module`, on any device, meta too."""
+        new = cls(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            device="meta",
+            recipe=recipe,
+            backend=backend,
+            name=name,
+            seed=seed,
+        )
+        new.weight, new.bias = module.weight, module.bias
+        return new.train(module.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., K) -> (..., N); see `linear`."""
+        return linear(
+            x, self.weight, self.bias, recipe=self.recipe, backend=self.backend, key=self.key
+        )
+
+    def extra_repr(self) -> str:
+        """nn.Linear's, with recipe and backend."""
+        return f"{super().extra_repr()}, recipe={self.recipe.name}, backend={self.backend.name}"
