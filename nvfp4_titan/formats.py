@@ -1,7 +1,7 @@
 """Block formats as frozen data, and the signs of the random Hadamard transform (RHT).
 
-A block format stores `code * block_scale * global_scale ~= x`: every scale here is a *decode* scale.
-New formats are new records; nothing else in the package derives properties from a dtype.
+A block format stores `code * block_scale * global_scale ~= x`: every scale here is a *decode*
+scale. New formats are new records; nothing else in the package derives properties from a dtype.
 
 Sources: NVIDIA, "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149), section 2 and
 appendix; TransformerEngine d0067d0d, `common/cast/nvfp4/core_nvfp4.cuh` (order of fp32 operations)
@@ -11,7 +11,7 @@ and `pytorch/custom_recipes/reference_nvfp4.py` (signs).
 from dataclasses import dataclass
 
 BLOCK = 16
-"""Elements that share a block scale along the contraction dim, and the size of the Hadamard matrix."""
+"""Elements that share a block scale along the contraction dim; size of the Hadamard matrix."""
 
 RHT_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 """Diagonal of the RHT, the same on every layer, rank and step: x and dy must cancel in wgrad."""

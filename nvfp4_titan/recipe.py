@@ -4,9 +4,9 @@
     dgrad  dx[M,K] = dy @ w       contraction: out features
     wgrad  dw[N,K] = dy.T @ x     contraction: tokens (per group, for experts)
 
-The "nvfp4" recipe is NVIDIA's (arXiv 2509.25149, sections 3 and 4): x in 1x16 blocks, w in 16x16 (so
-that fprop and dgrad see the same values), SR on both uses of dy and only there, RHT on both operands
-of wgrad and only there. SR on weights or activations diverges; RHT elsewhere hurts.
+The "nvfp4" recipe is NVIDIA's (arXiv 2509.25149, sections 3 and 4): x in 1x16 blocks, w in 16x16
+(so that fprop and dgrad see the same values), SR on both uses of dy and only there, RHT on both
+operands of wgrad and only there. SR on weights or activations diverges; RHT elsewhere hurts.
 
 A new recipe is one entry of `RECIPES`; everything else reads the data.
 """
@@ -198,7 +198,7 @@ DEFAULT_RULES = (
     Rule("lm_head", "bf16"),
     Rule("*.lm_head", "bf16"),
 )
-"""What stays in high precision in every recipe: MoE routers and the lm head (paper, section 4.1)."""
+"""What stays in high precision in every recipe: routers and the lm head (paper, section 4.1)."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,10 @@ class Selection:
         recipe: For modules that nothing else decides.
         rules: User's rules; the last match wins, over everything else.
         bf16_first_layers: Blocks at the start of the model that stay in bf16.
-        bf16_last_fraction: Fraction of the model's blocks, rounded up, that stay in bf16 at its end.
+        bf16_last_fraction: Fraction of the blocks, rounded up, that stay in bf16 at the end.
+        rht: Whether recipes keep their Hadamard transform.
+        sr: Whether recipes keep their stochastic rounding.
+        weights_2d: Whether recipes keep their 16x16 weight blocks.
     """
 
     recipe: Recipe
@@ -267,5 +270,5 @@ class Selection:
 
 
 def parse_rules(texts: Iterable[str]) -> tuple[Rule, ...]:
-    """Rules from "glob=recipe" strings; empty strings are ignored (a TOML's or CLI's empty list)."""
+    """Rules from "glob=recipe" strings; empty strings are ignored (an empty list)."""
     return tuple(Rule.parse(text) for text in texts if text.strip())

@@ -39,7 +39,7 @@ def resolve(name: str) -> Backend:
         raise ConfigError(f"backend {name!r} is unknown: use one of {', '.join(BACKEND_NAMES)}")
     if name not in BACKENDS:
         raise UnsupportedError(
-            f"backend '{name}' is not part of this version of nvfp4_titan: use backend = 'reference'"
+            f"backend '{name}' is not part of this nvfp4_titan: use backend = 'reference'"
         )
     reason = BACKENDS[name].unavailable()
     if reason is not None:

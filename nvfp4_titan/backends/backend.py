@@ -46,9 +46,9 @@ class Backend:
             over the ranks that share t. `key` is an int64 CPU scalar (SR), `offset` the global
             (row, column) of t's first element.
         amax: (t, rows, cols) -> fp32 (2,), for reducing before `quantize`; 0 where a use is None.
-        mm: (a, b, columns, out_dtype, b_transposed) -> (rows of a, columns). a @ b.T of two operands
-            with the contraction last; with `b_transposed` a @ b, where b was quantized along its
-            last dim in blocks that serve both.
+        mm: (a, b, columns, out_dtype, b_transposed) -> (rows of a, columns). a @ b.T of two
+            operands with the contraction last; with `b_transposed` a @ b, where b was quantized
+            along its last dim in blocks that serve both.
     """
 
     name: str

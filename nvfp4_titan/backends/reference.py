@@ -124,14 +124,15 @@ def _(a_codes, a_scale, a_amax, b_codes, b_scale, b_amax, columns, out_dtype, b_
 
 
 def apply_alpha(acc: torch.Tensor, a_amax: torch.Tensor, b_amax: torch.Tensor) -> torch.Tensor:
-    """acc * (a_amax / 2688) * (b_amax / 2688), in place, without losing range.
+    """Scale by alpha = (a_amax / 2688) * (b_amax / 2688), in place, without losing range.
 
     Where the product of the two overflows or is subnormal they are applied one after the other, the
     smaller first.
 
     Args:
         acc: fp32.
-        a_amax, b_amax: fp32, broadcast to acc together.
+        a_amax: fp32, broadcasts to acc.
+        b_amax: fp32, broadcasts to acc.
     """
     a, b = a_amax / NVFP4.encode_max, b_amax / NVFP4.encode_max
     alpha = a * b

@@ -1,4 +1,4 @@
-"""The oracle: NVFP4 numerics in plain PyTorch on any device. Backends are right when equal to it."""
+"""The oracle: NVFP4 numerics in plain PyTorch on any device."""
 
 from .hadamard import rht
 from .keys import sr_key

@@ -8,9 +8,10 @@ All in fp32, in this order (v_b: max |x| of a block; decode scales unless marked
     q     = e2m1(clamp(x * enc_b, -6, 6))
     x_hat = lut[q] * S_b * (amax / 2688)
 
-Two details are easy to simplify wrongly: the product `s_enc * (1/6)` comes first, and the scale that
-encodes is derived from the *rounded* S_b. There is no lower clamp on S_b: a block far below the
-tensor's amax underflows to zeros (where TransformerEngine's codes saturate: compare values there).
+Two details are easy to simplify wrongly: the product `s_enc * (1/6)` comes first, and the scale
+that encodes is derived from the *rounded* S_b. There is no lower clamp on S_b: a block far below
+the tensor's amax underflows to zeros (where TransformerEngine's codes saturate: compare values
+there).
 
 NaN or Inf in x leaves as NaN or Inf: it reaches amax, so alpha and every dependent result.
 

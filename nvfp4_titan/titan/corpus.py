@@ -1,9 +1,10 @@
 """Real text on any machine without a download: Python sources, and a BPE tokenizer trained on them.
 
 A corpus is the UTF-8 `.py` files under some folders, without tests: `stdlib` the running Python's
-standard library (about 13 MB), `pysource` everything on sys.path (hundreds of MB on a usual training
-machine). Files are told apart, split and ordered by the SHA-256 of their content: duplicates are
-dropped, one file in 20 is held out for validation, and the order is the same everywhere.
+standard library (about 13 MB), `pysource` everything on sys.path (hundreds of MB on a usual
+training machine). Files are told apart, split and ordered by the SHA-256 of their content:
+duplicates are dropped, one file in 20 is held out for validation, and the order is the same
+everywhere.
 
 Made once under the user's cache folder, by one process (others wait for its lock), and moved into
 place complete. Contents differ between Python versions, so the corpus carries its own hash.

@@ -51,7 +51,7 @@ class NVFP4:
     backend: Literal["auto", "reference", "triton", "native"] = "auto"
     """
     Which implementation runs: "reference" (PyTorch, any device), "triton" (NVIDIA GPUs), "native"
-    (Blackwell). "auto" picks the fastest that runs here and logs its choice. All give the same bits.
+    (Blackwell). "auto" picks the fastest that runs here and logs it. All give the same bits.
     """
 
     seed: int = 0
@@ -67,7 +67,7 @@ class NVFP4:
     """16x16 weight blocks, the same values in fprop and dgrad; off is 1x16."""
 
     schedule: list[str] = field(default_factory=list)
-    """Reserved for "fraction:gemm=format" changes during training; must be empty in this version."""
+    """Reserved for "fraction:gemm=format" changes during training; must be empty for now."""
 
     fp4_all_gather: bool = False
     """Reserved for FSDP all-gathers of codes and scales; must be false in this version."""

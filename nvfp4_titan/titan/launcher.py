@@ -1,8 +1,9 @@
 """`python -m nvfp4_titan.train`: torchtitan's trainer on any device, with errors a user can act on.
 
-Started by torchrun it is one rank. Started plainly it is the job: one process for NGPU=1 (or unset),
-torchrun's agent with NGPU workers otherwise. What the user can mend (nvfp4_titan.errors.UserError)
-ends in one line and exit status 2; everything else keeps its traceback.
+Started by torchrun it is one rank. Started plainly it is the job: one process for NGPU=1 (or
+unset), torchrun's agent with NGPU workers otherwise. What the user can mend
+(nvfp4_titan.errors.UserError) ends in one line and exit status 2; everything else keeps its
+traceback.
 """
 
 import os
@@ -72,7 +73,7 @@ def _single_process_environment() -> dict[str, str]:
 
 
 def _spawn(workers: int, argv: list[str]) -> int:
-    """torchrun on this host; returns the exit status of the first worker that failed."""
+    """Run torchrun on this host; returns the exit status of the first worker that failed."""
     log_rank = os.environ.get("LOG_RANK", "0")
     options = [
         f"--nproc-per-node={workers}",

@@ -64,8 +64,9 @@ def convert(
         experts: Whether routed experts are converted too.
         backend: "auto", "reference", "triton", "native", or a Backend.
         seed: Seed of stochastic rounding.
-        rht, sr, weights_2d: Switch off the Hadamard transform, stochastic rounding (RTNE instead),
-            16x16 weight blocks (1x16 instead).
+        rht: Off drops the Hadamard transform.
+        sr: Off rounds gradients to nearest.
+        weights_2d: Off quantizes weights in 1x16 blocks.
 
     Returns:
         Report of every linear and expert weight.
@@ -108,9 +109,7 @@ def convert(
 
 def _check_model(model: nn.Module) -> None:
     if isinstance(model, nn.Linear):
-        raise ConfigError(
-            "the model is itself a linear: build an NVFP4Linear instead of converting"
-        )
+        raise ConfigError("the model is itself a linear: build an NVFP4Linear instead")
     for fqn, module in model.named_modules():
         if isinstance(module, NVFP4Linear):
             raise ConfigError(f"{fqn} was converted before: convert a model once")

@@ -45,7 +45,7 @@ class LinearFunction(torch.autograd.Function):
         backend: Backend,
         grads: tuple[bool, bool],
     ) -> torch.Tensor:
-        """x (M, K), w (N, K) -> (M, N) in x's dtype. grads: whether dx and dw will be asked for."""
+        """From x (M, K), w (N, K) to y (M, N) in x's dtype; grads: are dx and dw needed."""
         need_dx, need_dw = grads
         shared = shares_weight_codes(recipe)
         x_rows, x_cols = backend.quantize(
@@ -72,7 +72,7 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor):
-        """dx (M, K) in x's dtype, dw (N, K) in w's dtype."""
+        """Compute dx (M, K) in x's dtype, dw (N, K) in w's dtype."""
         recipe, backend = ctx.recipe, ctx.backend
         n, k, m = ctx.shape
         x_dtype, w_dtype = ctx.dtypes

@@ -29,7 +29,7 @@ def linear(
     backend: str | Backend = "auto",
     key: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x @ w.T + bias with all three GEMMs in the recipe's formats.
+    """Compute x @ w.T + bias with all three GEMMs in the recipe's formats.
 
     Args:
         x: (..., K) fp32, bf16 or fp16, any strides.
@@ -61,8 +61,8 @@ def linear(
         )
     if isinstance(x, DTensor) or isinstance(w, DTensor):
         raise UnsupportedError(
-            "NVFP4 linears do not take DTensors yet: use FSDP (tensor_parallel_degree = 1), or keep "
-            "these layers in bf16 with a rule"
+            "NVFP4 linears do not take DTensors yet: use FSDP (tensor_parallel_degree = 1), or "
+            "keep these layers in bf16 with a rule"
         )
     if isinstance(backend, str):
         backend = resolve(backend)
@@ -111,7 +111,7 @@ class NVFP4Linear(nn.Linear):
     def from_linear(
         cls, module: nn.Linear, *, recipe: Recipe, backend: Backend, name: str, seed: int
     ) -> "NVFP4Linear":
-        """A converted module that holds the very parameters of `module`, on any device, meta too."""
+        """Convert a module: the result holds its very parameters, on any device, meta too."""
         new = cls(
             module.in_features,
             module.out_features,
