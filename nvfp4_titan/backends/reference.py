@@ -156,6 +156,9 @@ def _quantize(
 ) -> tuple[QuantizedOperand | None, QuantizedOperand | None]:
     specs = [str(use.format) if use else "" for use in (rows, cols)]
     streams = [use.stream if use else 0 for use in (rows, cols)]
+    if not any(use and use.format.rounding == "sr" for use in (rows, cols)):
+        # Without the layer's key, calls on one tensor are the same call: compilers merge them.
+        key = None
     outputs = torch.ops.nvfp4_titan.reference_quantize(t, *specs, streams, key, amax, list(offset))
     amaxes = outputs[4]
     operands = (

@@ -1,0 +1,69 @@
+"""What several tests measure with."""
+
+import math
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+GOLDEN = Path(__file__).parent / "golden" / "te_nvfp4.npz"
+
+# Windows of NUMERICS: measured mean over 5 seeds on N(0,1), +- 0.15 dB.
+WINDOW_DB = 0.15
+
+TOLERANCES = {
+    # fp32 GEMMs over exact operands: only the order of accumulation differs.
+    "golden_gemm": 1e-5,
+    # One bf16 rounding of the output, relative Frobenius (measured 1.6e-3).
+    "bf16_output": 3e-3,
+}
+
+
+@cache
+def golden() -> dict[str, torch.Tensor]:
+    """TransformerEngine's reference vectors by name."""
+    with np.load(GOLDEN) as archive:
+        return {name: torch.from_numpy(archive[name]) for name in archive.files}
+
+
+def sqnr(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Signal to quantization noise, dB."""
+    noise = (actual.double() - expected.double()).norm()
+    return 20 * math.log10(expected.double().norm() / noise)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative Frobenius norm of the difference."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def differing(actual: torch.Tensor, expected: torch.Tensor) -> int:
+    """Number of elements that differ, bytes compared."""
+    return int((actual.view(torch.uint8) != expected.view(torch.uint8)).sum())
+
+
+def same_operand(actual, expected) -> bool:
+    """Whether two quantized operands are equal bit for bit."""
+    return (
+        actual.codes.shape == expected.codes.shape
+        and differing(actual.codes, expected.codes) == 0
+        and differing(actual.block_scale, expected.block_scale) == 0
+        and torch.equal(actual.amax, expected.amax)
+    )
+
+
+def sylvester(size: int) -> torch.Tensor:
+    """Sylvester's Hadamard matrix, float64."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix
+
+
+def saved_tensors(y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """What the GEMM function behind y keeps for backward."""
+    node = y.grad_fn
+    while not hasattr(node, "saved_tensors") or type(node).__name__ != "LinearFunctionBackward":
+        node = node.next_functions[0][0]
+    return node.saved_tensors

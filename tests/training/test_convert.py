@@ -1,0 +1,188 @@
+"""Conversion: what is swapped, what is kept, what is refused, and that it is really so."""
+
+import pytest
+import torch
+from support import saved_tensors
+from torch import nn
+
+from nvfp4_titan import RECIPES, convert
+from nvfp4_titan.errors import ConfigError, UnsupportedError
+from nvfp4_titan.training import NVFP4Linear
+
+
+class Block(nn.Module):
+    def __init__(self, dim=32):
+        super().__init__()
+        self.wq = nn.Linear(dim, dim, bias=False)
+        self.w1 = nn.Linear(dim, 2 * dim, bias=False)
+
+    def forward(self, x):
+        return x + self.w1(self.wq(x)).view(*x.shape, 2).sum(-1)
+
+
+class Model(nn.Module):
+    def __init__(self, num_blocks=10, dim=32):
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(64, dim)
+        self.layers = nn.ModuleDict({str(i): Block(dim) for i in range(num_blocks)})
+        self.output = nn.Linear(dim, 64, bias=False)
+
+    def forward(self, tokens):
+        x = self.tok_embeddings(tokens)
+        for layer in self.layers.values():
+            x = layer(x)
+        return self.output(x)
+
+
+def converted_modules(model):
+    return {n for n, m in model.named_modules() if isinstance(m, NVFP4Linear)}
+
+
+def test_report_says_what_the_model_is():
+    model = Model()
+    before = {n: p for n, p in model.named_parameters()}
+    report = convert(model, backend="reference")
+    assert set(report.converted) == converted_modules(model)
+    assert len(report.converted) == 16 and len(report.kept) == 5
+    assert all(before[n] is p for n, p in model.named_parameters())
+    # 8 of 10 blocks of 3 * 32 * 32, and an lm head of 64 * 32 kept.
+    assert report.flops_share == pytest.approx(8 * 3 / (10 * 3 + 2))
+    text = str(report)
+    assert "16 of 21 linears" in text and "75.0%" in text
+    assert "layers.*.wq [0-7]" in text and "layers.*.wq [8-9]" in text
+    assert "lm head" in text and "bf16_last_fraction" in text
+
+
+def test_converted_linears_really_run_quantized():
+    model = Model()
+    report = convert(model, backend="reference")
+    seen = set()
+    hooks = [
+        module.register_forward_hook(
+            lambda m, args, y, name=name: seen.add((name, saved_tensors(y)[1].dtype))
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, NVFP4Linear)
+    ]
+    model(torch.randint(0, 64, (2, 8))).sum().backward()
+    assert seen == {(name, torch.uint8) for name in report.converted}
+    assert len(hooks) == len(report.converted)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "num_blocks", "kept"), [(0.15, 20, 3), (0.15, 6, 1), (0, 6, 0), (0.3, 10, 3)]
+)
+def test_last_fraction(fraction, num_blocks, kept):
+    report = convert(Model(num_blocks), bf16_last_fraction=fraction, backend="reference")
+    assert len(report.converted) == 2 * (num_blocks - kept)
+
+
+def test_first_layers():
+    report = convert(Model(), bf16_first_layers=2, bf16_last_fraction=0, backend="reference")
+    assert "layers.1.wq" in report.kept and "layers.2.wq" in report.converted
+
+
+def test_rules_override_everything_and_the_last_match_wins():
+    report = convert(
+        Model(),
+        rules=["", "layers.*=bf16", "layers.*.wq=nvfp4", "layers.3.*=bf16", "output=nvfp4"],
+        backend="reference",
+    )
+    expected = {f"layers.{i}.wq" for i in range(10) if i != 3} | {"output"}
+    assert set(report.converted) == expected
+
+
+def test_switches_change_the_formats():
+    model = Model()
+    convert(model, rht=False, sr=False, weights_2d=False, backend="reference")
+    recipe = model.layers["0"].wq.recipe
+    assert not recipe.wgrad.left.rht and not recipe.needs_key
+    assert recipe.fprop.right.block == recipe.dgrad.right.block == (1, 16)
+    model(torch.randint(0, 64, (2, 8))).sum().backward()
+    assert model.layers["0"].wq.weight.grad.isfinite().all()
+
+
+def test_a_linear_registered_twice_stays_one_module():
+    model = Model()
+    model.layers["1"].wq = model.layers["0"].wq
+    convert(model, backend="reference")
+    assert model.layers["1"].wq is model.layers["0"].wq
+    assert isinstance(model.layers["0"].wq, NVFP4Linear)
+
+
+def test_tied_weights_stay_tied():
+    model = Model()
+    model.layers["1"].wq.weight = model.layers["0"].wq.weight
+    convert(model, backend="reference")
+    assert model.layers["1"].wq.weight is model.layers["0"].wq.weight
+
+
+def test_training_mode_and_meta():
+    with torch.device("meta"):
+        model = Model().eval()
+    convert(model, backend="reference")
+    assert not model.layers["0"].wq.training
+    assert model.layers["0"].wq.weight.is_meta
+
+
+def test_subclasses_and_hooks_are_kept_with_the_reason():
+    class Special(nn.Linear):
+        pass
+
+    model = Model()
+    model.layers["0"].wq = Special(32, 32, bias=False)
+    model.layers["1"].wq.register_forward_hook(lambda *args: None)
+    report = convert(model, backend="reference")
+    reasons = {entry.fqn: entry.reason for entry in report.entries}
+    assert "Special" in reasons["layers.0.wq"] and "hooks" in reasons["layers.1.wq"]
+    with pytest.raises(ConfigError, match="is a Special"):
+        model = Model()
+        model.layers["0"].wq = Special(32, 32)
+        convert(model, rules=["layers.0.*=nvfp4"], backend="reference")
+
+
+def test_sequential_has_no_blocks():
+    report = convert(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
+    assert report.converted == ("0", "2")
+
+
+def test_bf16_recipe_converts_nothing_on_request():
+    model = Model()
+    assert convert(model, recipe="bf16").converted == () and converted_modules(model) == set()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "fragment"),
+    [
+        ({"recipe": "nvfp5"}, ConfigError, "use one of nvfp4, bf16"),
+        ({"rules": ["layers.*.w9=bf16"]}, ConfigError, "matches no linear"),
+        ({"rules": ["layers.*"]}, ConfigError, "glob=recipe"),
+        ({"rules": ["layers.*=fp8"]}, ConfigError, "'fp8' is unknown"),
+        ({"rules": ["*=bf16"]}, ConfigError, "nothing to convert"),
+        ({"bf16_last_fraction": 1.0}, ConfigError, "nothing to convert"),
+        ({"bf16_last_fraction": 1.5}, ConfigError, "use 0 to 1"),
+        ({"bf16_first_layers": -1}, ConfigError, "must not be negative"),
+        ({"backend": "cuda"}, ConfigError, "use one of auto"),
+        ({"backend": "native"}, UnsupportedError, "use backend = 'reference'"),
+    ],
+)
+def test_refused(kwargs, error, fragment):
+    model = Model()
+    with pytest.raises(error, match=fragment):
+        convert(model, **kwargs)
+
+
+def test_twice_is_refused():
+    model = Model()
+    convert(model)
+    with pytest.raises(ConfigError, match="converted before"):
+        convert(model)
+    with pytest.raises(ConfigError, match="itself a linear"):
+        convert(nn.Linear(8, 8))
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(AttributeError):
+        RECIPES["nvfp4"].name = "x"
+    with pytest.raises(TypeError):
+        RECIPES["x"] = None
