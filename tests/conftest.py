@@ -1,4 +1,4 @@
-"""One thread per worker: the suite runs in parallel, and two workers with two threads each crawl."""
+"""One thread per worker: two workers with two threads each on two cores crawl."""
 
 import os
 

@@ -12,6 +12,9 @@ from ..recipe import Selection, get_recipe, parse_rules
 from ..training import Report, convert
 from . import record
 
+_RESERVED = {"schedule": [], "fp4_all_gather": False, "numerics_log_freq": 0}
+"""Settings of later versions, and the one value that each may have until then."""
+
 
 class NVFP4Converter(ModelConverter):
     """Converts linears (and experts) of the model as the [nvfp4] section says.
@@ -25,21 +28,9 @@ class NVFP4Converter(ModelConverter):
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
         self.job_config = job_config
-        self.settings = settings = _settings(job_config)
-        _check_reserved(settings)
-        if parallel_dims.tp_enabled:
-            raise UnsupportedError(
-                "NVFP4 layers do not support tensor parallelism yet: set "
-                "parallelism.tensor_parallel_degree = 1"
-            )
-        self.backend = resolve(settings.backend)
-        # Bad rules must fail here, before the model is built.
-        Selection(
-            get_recipe(settings.recipe),
-            parse_rules(settings.rules),
-            settings.bf16_first_layers,
-            settings.bf16_last_fraction,
-        )
+        check_settings(job_config)
+        self.settings = job_config.nvfp4
+        self.backend = resolve(self.settings.backend)
 
     def convert(self, model: nn.Module) -> None:
         """Convert in place and print the report once."""
@@ -65,18 +56,32 @@ class NVFP4Converter(ModelConverter):
         """Nothing to refresh: weights are quantized where they are used."""
 
 
-def _settings(job_config: JobConfig):
+def check_settings(job_config: JobConfig) -> None:
+    """Check what can be known before the model is built.
+
+    Raises:
+        ConfigError: a setting that cannot be used.
+        UnsupportedError: the backend, or a parallelism that NVFP4 layers do not support.
+    """
     if not hasattr(job_config, "nvfp4"):
         raise ConfigError(
             "the nvfp4 converter needs its settings: add "
             "--job.custom_config_module nvfp4_titan.titan.job_config"
         )
-    return job_config.nvfp4
-
-
-def _check_reserved(settings) -> None:
-    reserved = {"schedule": [], "fp4_all_gather": False, "numerics_log_freq": 0}
-    for name, only in reserved.items():
+    settings = job_config.nvfp4
+    if job_config.parallelism.tensor_parallel_degree > 1:
+        raise UnsupportedError(
+            "NVFP4 layers do not support tensor parallelism yet: set "
+            "parallelism.tensor_parallel_degree = 1"
+        )
+    resolve(settings.backend)
+    Selection(
+        get_recipe(settings.recipe),
+        parse_rules(settings.rules),
+        settings.bf16_first_layers,
+        settings.bf16_last_fraction,
+    )
+    for name, only in _RESERVED.items():
         value = getattr(settings, name)
         if isinstance(value, list):
             value = [item for item in value if item.strip()]

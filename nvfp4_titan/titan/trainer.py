@@ -14,6 +14,7 @@ from torchtitan.train import main as torchtitan_main
 
 from ..errors import ConfigError
 from . import cpu_runtime, record
+from .converter import check_settings
 from .datasets import dataset_corpus
 
 CONFIG_MODULE = "nvfp4_titan.titan.job_config"
@@ -101,6 +102,8 @@ def check(job_config: JobConfig) -> None:
             f"model.hf_assets_path {model.hf_assets_path} is not there: give the folder of a "
             f"tokenizer, or leave the key out for the built-in one"
         )
+    if "nvfp4" in model.converters:
+        check_settings(job_config)
     _check_dataset("training", job_config.training)
     if job_config.validation.enable:
         _check_dataset("validation", job_config.validation)

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Lints and tests. Options go to pytest: scripts/run_tests.sh -k linear
+set -euo pipefail
+. "$(dirname "$0")/env.sh" dev
+ruff check .
+ruff format --check .
+lint-imports
+exec python -m pytest -q "$@"

@@ -1,0 +1,107 @@
+"""Corpora and tokenizer: split, order, determinism, concurrency, errors."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nvfp4_titan.errors import ConfigError
+from nvfp4_titan.titan import corpus
+from nvfp4_titan.titan.datasets import dataset_corpus
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """60 files, of them one copy, one test, one that is not UTF-8."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "src"
+    (folder / "pkg" / "tests").mkdir(parents=True)
+    for i in range(57):
+        (folder / "pkg" / f"m{i}.py").write_text(f"x = {i}\n")
+    (folder / "pkg" / "copy.py").write_text("x = 3\n")
+    (folder / "pkg" / "tests" / "test_x.py").write_text("assert True\n")
+    (folder / "pkg" / "latin.py").write_bytes(b"# \xe9\n")
+    (folder / "pkg" / "data.txt").write_text("no source")
+    return folder
+
+
+def test_split_order_and_duplicates(sources):
+    made = corpus.build("folder", [str(sources)])
+    texts = {split: made.load(split)["text"] for split in corpus.SPLITS}
+    assert made.files == {split: len(texts[split]) for split in corpus.SPLITS}
+    assert sum(made.files.values()) == 57 and made.files["validation"] >= 1
+    assert set(texts["train"]).isdisjoint(texts["validation"])
+    for split in corpus.SPLITS:
+        digests = [hashlib.sha256(t.encode()).hexdigest() for t in texts[split]]
+        assert digests == sorted(digests)
+
+
+def test_hash_depends_on_content_alone(sources, tmp_path):
+    first = corpus.build("folder", [str(sources)])
+    assert corpus.build("folder", [str(sources)]) == first
+    moved = tmp_path / "elsewhere"
+    sources.rename(moved)
+    second = corpus.build("folder", [str(moved)])
+    assert second.sha256 == first.sha256 and second.path != first.path
+    (moved / "pkg" / "new.py").write_text("y = 1\n")
+    assert corpus.build("folder", [str(moved)]).sha256 != first.sha256
+
+
+def test_several_processes_make_it_once(sources):
+    program = (
+        "import sys; from nvfp4_titan.titan import corpus;"
+        "print(corpus.build('folder', [sys.argv[1]]).path)"
+    )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(sources)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    paths = {process.communicate()[0].strip() for process in started}
+    assert all(process.returncode == 0 for process in started) and len(paths) == 1
+    left = [p.name for p in corpus.cache_root().iterdir() if not p.name.endswith(".lock")]
+    assert len(left) == 1
+
+
+def test_an_interrupted_build_leaves_nothing(sources, monkeypatch):
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(corpus, "_write_corpus", fail)
+        with pytest.raises(KeyboardInterrupt):
+            corpus.build("folder", [str(sources)])
+    assert [p.name for p in corpus.cache_root().iterdir() if p.is_dir()] == []
+    assert corpus.build("folder", [str(sources)]).files["train"] > 0
+
+
+def test_errors(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match="is not there"):
+        corpus.build("folder", [str(tmp_path / "nowhere")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no UTF-8 Python files"):
+        corpus.build("folder", [str(tmp_path / "empty")])
+
+
+def test_stdlib_and_tokenizer():
+    made = dataset_corpus("stdlib", None)
+    assert made == dataset_corpus("stdlib_validation", None)
+    assert made.bytes["train"] > 5_000_000 and 10 < made.files["validation"] < 100
+    assert dataset_corpus("c4", None) is None
+    folder = corpus.tokenizer_path()
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == corpus.VOCAB_SIZE
+    text = "def f(x):\n    return x + 1  # caf\u00e9\n"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] == corpus.EOS
+
+
+def test_pysource_holds_more_than_the_stdlib():
+    roots = corpus.pysource_roots()
+    assert corpus.stdlib_roots()[0] in roots and len(roots) > 1

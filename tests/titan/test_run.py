@@ -1,0 +1,64 @@
+"""Runs through torchtitan's trainer: numerics really differ, records are kept, runs resume."""
+
+import json
+
+import pytest
+
+DEBUG = (
+    "--model.name=llama3",
+    "--model.flavor=debugmodel",
+    "--training.dataset=stdlib",
+    "--lr_scheduler.warmup_steps=2",
+)
+
+
+@pytest.mark.slow
+def test_loss_differs_from_the_controls_from_step_two_on(train):
+    steps = "--training.steps=4"
+    control = train(*DEBUG, steps, folder="control")
+    nvfp4 = train(*DEBUG, steps, "--model.converters=nvfp4", folder="nvfp4")
+    bf16 = train(*DEBUG, steps, "--model.converters=nvfp4", "--nvfp4.recipe=bf16", folder="bf16")
+    assert control == bf16
+    assert all(control[step] != nvfp4[step] for step in (2, 3, 4))
+    assert all(abs(control[step] - nvfp4[step]) < 0.05 for step in control)
+
+
+@pytest.mark.slow
+def test_resume_is_exact(train, single_rank):
+    argv = (
+        *DEBUG,
+        "--model.converters=nvfp4",
+        "--checkpoint.enable",
+        "--checkpoint.interval=2",
+        "--checkpoint.no-last-save-model-only",
+        "--training.steps=4",
+        "--lr_scheduler.total_steps=4",
+    )
+    whole = train(*argv, folder="whole")
+    checkpoints = single_rank / "whole" / "checkpoint"
+    target = single_rank / "resumed" / "checkpoint"
+    target.mkdir(parents=True)
+    (checkpoints / "step-2").rename(target / "step-2")
+    resumed = train(*argv, folder="resumed")
+    assert list(resumed) == [3, 4]
+    assert resumed == {step: whole[step] for step in resumed}
+
+
+@pytest.mark.slow
+def test_validation_and_record(train, single_rank):
+    train(
+        *DEBUG,
+        "--model.converters=nvfp4",
+        "--training.steps=1",
+        "--validation.enable",
+        "--validation.dataset=stdlib_validation",
+        "--validation.steps=2",
+        "--validation.seq_len=64",
+    )
+    record = json.loads((single_rank / "out" / "run_record.json").read_text())
+    assert set(record["corpus_sha256"]) == {"training", "validation"}
+    assert len(record["tokenizer_sha256"]) == 64
+    assert record["versions"]["torchtitan"] == "0.2.2"
+    assert record["config"]["nvfp4"]["recipe"] == "nvfp4"
+    entries = json.loads((single_rank / "out" / "conversion.json").read_text())["entries"]
+    assert {e["recipe"] for e in entries if e["converted"]} == {"nvfp4"}
