@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Lints and tests. Options go to pytest: scripts/run_tests.sh -k linear
 set -euo pipefail
-. "$(dirname "$0")/env.sh" dev
+EXTRA=dev
+. "$(dirname "$0")/env.sh"
 ruff check .
 ruff format --check .
 lint-imports
