@@ -1,11 +1,16 @@
-"""What a backend is: a frozen record of the operations that the autograd functions call.
+"""What a backend is: a frozen record of the operations that the autograd function calls.
 
 A backend is right when its codes and scales equal the oracle's. All operations are functional and
 opaque to torch.compile; none takes a layer's name, so that q, k, v share one quantized input.
+
+With `offs` ((E,) int32 cumulative group ends) an operation is grouped: row operands are (M, ...)
+with one amax per group, weights (E, N, ...) with one per expert, and operands whose contraction
+runs over tokens are padded group by group (numerics/grouped.py). offs stays on its device and is
+not read.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -13,6 +18,7 @@ from ..numerics import QuantizedOperand
 from ..recipe import OperandFormat
 
 GEMMS = ("fprop", "dgrad", "wgrad")
+Operands = tuple[QuantizedOperand | None, QuantizedOperand | None]
 
 
 def stream(gemm: str, side: str) -> int:
@@ -33,36 +39,87 @@ class OperandUse:
     stream: int
 
 
+class Unavailable(Protocol):
+    """Tells whether a backend runs here."""
+
+    def __call__(self) -> str | None:
+        """None where it can run, else the reason why not."""
+
+
+class Quantize(Protocol):
+    """Quantizes one tensor for up to two GEMMs in one go."""
+
+    def __call__(
+        self,
+        t: torch.Tensor,
+        rows: OperandUse | None,
+        cols: OperandUse | None,
+        key: torch.Tensor | None = None,
+        offs: torch.Tensor | None = None,
+        amax: torch.Tensor | None = None,
+        offset: tuple[int, int] = (0, 0),
+    ) -> Operands:
+        """Quantize t for the given uses.
+
+        Args:
+            t: (M, K) activations, gradients or weights; (E, N, K) expert weights.
+            rows: Use of t with the contraction along K (its last dim), or None.
+            cols: Use of t.T, with the contraction along the dim before, or None.
+            key: int64 CPU scalar, the layer's SR key.
+            offs: Group ends, for grouped activations and gradients.
+            amax: None, or fp32 (2,): amaxes of the two uses, reduced over ranks that share t.
+            offset: Global (row, column) of t's first element, where t is a shard.
+        """
+
+
+class Amax(Protocol):
+    """Amaxes alone, to be reduced over ranks before `Quantize`."""
+
+    def __call__(
+        self, t: torch.Tensor, rows: OperandUse | None, cols: OperandUse | None
+    ) -> torch.Tensor:
+        """fp32 (2,): amaxes of t (M, K) for the two uses, 0 where a use is None."""
+
+
+class MatMul(Protocol):
+    """The fprop and dgrad GEMMs."""
+
+    def __call__(
+        self,
+        a: QuantizedOperand,
+        b: QuantizedOperand,
+        columns: int,
+        out_dtype: torch.dtype,
+        b_transposed: bool = False,
+        offs: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(M, columns): a @ b.T of two operands with the contraction last.
+
+        With `b_transposed`: a @ b, where b was quantized along its last dim in blocks that serve
+        both. With `offs` b is (E, ...), and each group multiplies its own; rows of no group give 0.
+        """
+
+
+class WeightGrad(Protocol):
+    """The wgrad GEMM."""
+
+    def __call__(
+        self,
+        dy: QuantizedOperand,
+        x: QuantizedOperand,
+        out_dtype: torch.dtype,
+        offs: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(N, K): dy @ x.T of two operands with tokens last; (E, N, K) per group with offs."""
+
+
 @dataclass(frozen=True)
 class Backend:
-    """Operations of a backend.
-
-    Attributes:
-        name: "reference", "triton" or "native".
-        unavailable: () -> None where it can run here, else the reason.
-        quantize: (t (M, K), rows, cols, key, amax, offset) -> (operand | None, operand | None).
-            `rows` quantizes t with its contraction along K; `cols` quantizes t.T, contraction along
-            M. Either use may be None. `amax` is None, or fp32 (2,): the amaxes of the two, reduced
-            over the ranks that share t. `key` is an int64 CPU scalar (SR), `offset` the global
-            (row, column) of t's first element.
-        amax: (t, rows, cols) -> fp32 (2,), for reducing before `quantize`; 0 where a use is None.
-        mm: (a, b, columns, out_dtype, b_transposed) -> (rows of a, columns). a @ b.T of two
-            operands with the contraction last; with `b_transposed` a @ b, where b was quantized
-            along its last dim in blocks that serve both.
-    """
+    """Operations of a backend; the protocols above say what each takes and returns."""
 
     name: str
-    unavailable: Callable[[], str | None]
-    quantize: Callable[
-        [
-            torch.Tensor,
-            OperandUse | None,
-            OperandUse | None,
-            torch.Tensor | None,
-            torch.Tensor | None,
-            tuple[int, int],
-        ],
-        tuple[QuantizedOperand | None, QuantizedOperand | None],
-    ]
-    amax: Callable[[torch.Tensor, OperandUse | None, OperandUse | None], torch.Tensor]
-    mm: Callable[[QuantizedOperand, QuantizedOperand, int, torch.dtype, bool], torch.Tensor]
+    unavailable: Unavailable
+    quantize: Quantize
+    amax: Amax
+    mm: MatMul
+    wgrad: WeightGrad

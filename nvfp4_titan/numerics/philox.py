@@ -63,8 +63,8 @@ def block_random_bytes(
     stream: int,
     amax: torch.Tensor,
     block_amax: torch.Tensor,
-    first_row: int | torch.Tensor = 0,
-    first_block: int = 0,
+    row: torch.Tensor | None = None,
+    column: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One uniform random byte per element of (R, B) blocks of 16.
 
@@ -74,21 +74,20 @@ def block_random_bytes(
     Args:
         key: 64-bit key, from `sr_key`.
         stream: Which operand of which GEMM this is; 32 bits.
-        amax: fp32, scalar or (R, 1): amax of the operand that each row belongs to.
+        amax: fp32, broadcasts to (R, B): amax of the operand that each block belongs to.
         block_amax: (R, B) fp32, amax of each element's block.
-        first_row: Global index of row 0, or an (R, 1) int64 tensor of every row's index.
-        first_block: Global index of block column 0.
+        row: (R,) int64 global index of each row; None counts from 0.
+        column: (B,) int64 global index, in blocks, of each block column; None counts from 0.
 
     Returns:
         (R, B, 16) int16 in [0, 255].
     """
     device = block_amax.device
     rows, blocks = block_amax.shape
-    if isinstance(first_row, int):
-        first_row = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1)
-    column = torch.arange(first_block, first_block + blocks, device=device).unsqueeze(0)
+    row = torch.arange(rows, device=device) if row is None else row
+    column = torch.arange(blocks, device=device) if column is None else column
     mantissas = bf16_mantissa(block_amax) | (bf16_mantissa(amax) << 7)
-    counter = (first_row, column, mantissas, torch.full((), stream, device=device))
+    counter = (row[:, None], column[None, :], mantissas, torch.full((), stream, device=device))
     words = philox4x32(counter, (key & _MASK, (key >> 32) & _MASK))
     packed = torch.stack([word.to(torch.int32) for word in words], dim=-1)
     # Little-endian: byte 0 of a word is its low end.

@@ -176,7 +176,8 @@ def quantize(
     amax = tensor_amax(block_amax) if amax is None else amax.to(torch.float32).reshape(())
     sr_draw = None
     if rounding == "sr":
-        sr_draw = block_random_bytes(seed, stream, amax, block_amax, first_row, first_block)
+        row, column = block_indices(block_amax, first_row, first_block)
+        sr_draw = block_random_bytes(seed, stream, amax, block_amax, row, column)
     codes, scale = quantize_blocks(t, block_amax, amax, sr_draw)
     columns = t.shape[1]
     return QuantizedOperand(
@@ -196,6 +197,18 @@ def prepare(t: torch.Tensor, *, rht: bool, transpose: bool = False) -> torch.Ten
     if rht:
         t = apply_rht(t, dim=0 if transpose else 1)
     return (t.T if transpose else t).contiguous()
+
+
+def block_indices(
+    block_amax: torch.Tensor, first_row: int, first_block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Global row and block-column indices of an (R, B) shard, int64."""
+    rows, blocks = block_amax.shape
+    device = block_amax.device
+    return (
+        torch.arange(first_row, first_row + rows, device=device),
+        torch.arange(first_block, first_block + blocks, device=device),
+    )
 
 
 def tensor_amax(block_amax: torch.Tensor) -> torch.Tensor:

@@ -3,13 +3,16 @@
 from torch import distributed, nn
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.models.moe import utils as moe_utils
 from torchtitan.protocols.model_converter import ModelConverter
 from torchtitan.tools.logging import logger
 
 from ..backends import resolve
 from ..errors import ConfigError, UnsupportedError
+from ..formats import BLOCK
 from ..recipe import Selection, get_recipe, parse_rules
 from ..training import Report, convert
+from ..training.report import EXPERTS
 from . import record
 
 _RESERVED = {"schedule": [], "fp4_all_gather": False, "numerics_log_freq": 0}
@@ -48,12 +51,33 @@ class NVFP4Converter(ModelConverter):
             sr=settings.sr,
             weights_2d=settings.weights_2d,
         )
+        if any(entry.converted and entry.kind == EXPERTS for entry in self.report.entries):
+            align_token_groups()
         if not distributed.is_initialized() or distributed.get_rank() == 0:
             logger.info(f"{self.report}")
             record.write_conversion(self.job_config, self.report)
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """Nothing to refresh: weights are quantized where they are used."""
+
+
+def align_token_groups() -> None:
+    """Have torchtitan pad every expert's tokens to a multiple of NVFP4's block of 16.
+
+    Then no tokens need padding again inside; a multiple that another converter asked for stays.
+
+    Raises:
+        ConfigError: another component set a size that 16 neither divides nor is divided by.
+    """
+    current = moe_utils.TOKEN_GROUP_ALIGN_SIZE_M
+    if BLOCK % current and current % BLOCK:
+        raise ConfigError(
+            f"torchtitan's token groups are aligned to {current}: NVFP4 experts need a multiple of "
+            f"{BLOCK}; drop the converter that set it, or set nvfp4.experts = false"
+        )
+    if current % BLOCK:
+        moe_utils.set_token_group_alignment_size_m(BLOCK)
+        logger.info(f"Token groups of experts are aligned to {BLOCK} (from {current})")
 
 
 def check_settings(job_config: JobConfig) -> None:

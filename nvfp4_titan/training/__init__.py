@@ -1,7 +1,8 @@
 """Training: autograd functions, modules and conversion of models."""
 
 from .convert import convert
+from .grouped import grouped_mm
 from .linear import NVFP4Linear, key_tensor, linear
 from .report import Entry, Report
 
-__all__ = ["Entry", "NVFP4Linear", "Report", "convert", "key_tensor", "linear"]
+__all__ = ["Entry", "NVFP4Linear", "Report", "convert", "grouped_mm", "key_tensor", "linear"]

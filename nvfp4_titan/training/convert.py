@@ -12,14 +12,17 @@ from torch import nn
 from ..backends import Backend, resolve
 from ..errors import ConfigError
 from ..recipe import Choice, Recipe, Selection, get_recipe, parse_rules
+from .experts import WrappingExperts, convert_experts, expert_weights
 from .linear import NVFP4Linear
-from .report import LINEAR, Entry, Report
+from .report import EXPERTS, LINEAR, Entry, Report
 
 
 @dataclass(frozen=True)
 class _Site:
-    """Something that multiplies by a weight."""
+    """Something that multiplies by a weight: `attribute` of the module `parent`."""
 
+    parent: nn.Module
+    attribute: str
     names: tuple[str, ...]
     kind: str
     shape: tuple[int, ...]
@@ -88,43 +91,74 @@ def convert(
     )
     _check_model(model)
     blocks = _blocks(model)
-    sites = _linears(model)
+    sites = _linears(model) + _experts(model)
     _check_rules(selection, sites)
-    entries, swapped = [], {}
-    for parent, child_name, module, site in sites:
-        choice = _choose(selection, site, blocks)
-        entries.append(site.entry(choice))
-        if choice.recipe.quantized:
-            # A linear that is registered twice stays one module.
-            if module not in swapped:
-                swapped[module] = NVFP4Linear.from_linear(
-                    module, recipe=choice.recipe, backend=backend, name=site.names[0], seed=seed
-                )
-            setattr(parent, child_name, swapped[module])
-    report = Report(tuple(entries))
+    choices = [_choose(selection, site, blocks, experts) for site in sites]
+    report = Report(tuple(site.entry(c) for site, c in zip(sites, choices, strict=True)))
     if selection.recipe.quantized and not report.converted:
         raise ConfigError(f"nothing to convert: loosen the rules, or drop the converter\n{report}")
+    _swap(sites, choices, backend, seed)
     return report
+
+
+def _swap(sites: list[_Site], choices: list[Choice], backend: Backend, seed: int) -> None:
+    linears: dict[nn.Module, NVFP4Linear] = {}
+    experts: dict[nn.Module, dict[str, Recipe]] = {}
+    fqns: dict[nn.Module, str] = {}
+    for site, choice in zip(sites, choices, strict=True):
+        if not choice.recipe.quantized:
+            continue
+        if site.kind == EXPERTS:
+            experts.setdefault(site.parent, {})[site.attribute] = choice.recipe
+            fqns[site.parent] = site.names[1]
+            continue
+        # A linear that is registered twice stays one module.
+        module = getattr(site.parent, site.attribute)
+        if module not in linears:
+            linears[module] = NVFP4Linear.from_linear(
+                module, recipe=choice.recipe, backend=backend, name=site.names[0], seed=seed
+            )
+        setattr(site.parent, site.attribute, linears[module])
+    for module, recipes in experts.items():
+        convert_experts(module, recipes, backend, fqns[module], seed)
 
 
 def _check_model(model: nn.Module) -> None:
     if isinstance(model, nn.Linear):
         raise ConfigError("the model is itself a linear: build an NVFP4Linear instead")
     for fqn, module in model.named_modules():
-        if isinstance(module, NVFP4Linear):
+        if isinstance(module, NVFP4Linear | WrappingExperts):
             raise ConfigError(f"{fqn} was converted before: convert a model once")
 
 
-def _linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, _Site]]:
-    """Every linear of the model with its parent and attribute name, in model order."""
+def _linears(model: nn.Module) -> list[_Site]:
+    """Every linear of the model, in model order."""
     found = []
     for parent_fqn, parent in model.named_modules():
         for child_name, child in parent.named_children():
             if isinstance(child, nn.Linear):
                 fqn = f"{parent_fqn}.{child_name}" if parent_fqn else child_name
                 shape = (child.out_features, child.in_features)
-                site = _Site((fqn,), LINEAR, shape, 2 * shape[0] * shape[1], _obstacle(child))
-                found.append((parent, child_name, child, site))
+                flops = 2 * shape[0] * shape[1]
+                found.append(
+                    _Site(parent, child_name, (fqn,), LINEAR, shape, flops, _obstacle(child))
+                )
+    return found
+
+
+def _experts(model: nn.Module) -> list[_Site]:
+    """Every routed expert weight, which answers to its own name and to its module's."""
+    found = []
+    modules = dict(model.named_modules())
+    for fqn, module in modules.items():
+        # A token runs through top_k of the experts; the router beside them knows how many.
+        router = getattr(modules.get(fqn.rpartition(".")[0]), "router", None)
+        top_k = getattr(router, "top_k", 1)
+        for name, weight in expert_weights(module).items():
+            shape = tuple(weight.shape)
+            flops = 2 * shape[1] * shape[2] * top_k
+            names = (f"{fqn}.{name}" if fqn else name, fqn)
+            found.append(_Site(module, name, names, EXPERTS, shape, flops))
     return found
 
 
@@ -137,10 +171,12 @@ def _obstacle(module: nn.Linear) -> str | None:
     return None
 
 
-def _choose(selection: Selection, site: _Site, blocks: dict[str, int]) -> Choice:
+def _choose(selection: Selection, site: _Site, blocks: dict[str, int], experts: bool) -> Choice:
     fqn = site.names[0]
     block = next((i for prefix, i in blocks.items() if fqn.startswith(prefix)), None)
     choice = selection.choose(site.names, block, len(blocks))
+    if choice.reason == "recipe" and site.kind == EXPERTS and not experts:
+        return Choice(get_recipe("bf16"), "experts = false")
     if choice.recipe.quantized and site.obstacle:
         if choice.reason.startswith("rule "):
             raise ConfigError(f"{choice.reason} names {fqn}, which {site.obstacle}")
@@ -163,10 +199,10 @@ def _blocks(model: nn.Module) -> dict[str, int]:
     return {}
 
 
-def _check_rules(selection: Selection, sites: list) -> None:
+def _check_rules(selection: Selection, sites: list[_Site]) -> None:
     for rule in selection.rules:
-        if not any(rule.matches(site.names) for *_, site in sites):
-            examples = ", ".join(site.names[0] for *_, site in sites[:3])
+        if not any(rule.matches(site.names) for site in sites):
+            examples = ", ".join(site.names[0] for site in sites[:3])
             raise ConfigError(
                 f"rule '{rule.glob}={rule.recipe}' matches no linear or expert weight; names look "
                 f"like {examples}"

@@ -1,12 +1,13 @@
-"""The autograd function of a linear: three NVFP4 GEMMs, each operand quantized from high precision.
+"""The autograd function of linears and experts: three NVFP4 GEMMs, operands from high precision.
 
-    fprop  y  = Q(x)        @ Q(w).T         x 1x16 RTNE, w 16x16 RTNE
-    dgrad  dx = Q(dy)       @ Q(w)           dy 1x16 SR, the same w codes as fprop
-    wgrad  dw = Q(RHT(dy.T)) @ Q(RHT(x.T)).T  dy 1x16 SR, x 1x16 RTNE, contraction over tokens
+    fprop  y  = Q(x)         @ Q(w).T          x 1x16 RTNE, w 16x16 RTNE
+    dgrad  dx = Q(dy)        @ Q(w)            dy 1x16 SR, the same w codes as fprop
+    wgrad  dw = Q(RHT(dy.T)) @ Q(RHT(x.T)).T   dy 1x16 SR, x 1x16 RTNE, contraction over tokens
 
 (for the "nvfp4" recipe; the formats come from the recipe). x and dy are each quantized twice from
 high precision, never requantized: an operand's blocks run along its contraction dim. What backward
-needs of x is kept packed, 0.56 bytes an element; of w too.
+needs of x is kept packed, 0.56 bytes an element; of w too. With `offs` the same three GEMMs run
+group by group over (E, N, K) weights.
 """
 
 import torch
@@ -32,20 +33,21 @@ def shares_weight_codes(recipe: Recipe) -> bool:
     return recipe.fprop.right == recipe.dgrad.right and recipe.fprop.right.transposable
 
 
-class LinearFunction(torch.autograd.Function):
-    """y = x @ w.T in a recipe's formats. Call it through `linear`."""
+class QuantizedGemm(torch.autograd.Function):
+    """y = x @ w.T in a recipe's formats, plain or grouped. Call `linear` or `grouped_mm`."""
 
     @staticmethod
     def forward(
         ctx,
         x: torch.Tensor,
         w: torch.Tensor,
+        offs: torch.Tensor | None,
         key: torch.Tensor | None,
         recipe: Recipe,
         backend: Backend,
         grads: tuple[bool, bool],
     ) -> torch.Tensor:
-        """From x (M, K), w (N, K) to y (M, N) in x's dtype; grads: are dx and dw needed."""
+        """From x (M, K), w (N, K) or (E, N, K) to y (M, N); grads: are dx and dw needed."""
         need_dx, need_dw = grads
         shared = shares_weight_codes(recipe)
         x_rows, x_cols = backend.quantize(
@@ -53,6 +55,7 @@ class LinearFunction(torch.autograd.Function):
             use(recipe.fprop, "fprop", "left"),
             use(recipe.wgrad, "wgrad", "right") if need_dw else None,
             key,
+            offs,
         )
         # A weight is multiplied in the activations' precision, as autocast and FSDP have it.
         w_rows, w_cols = backend.quantize(
@@ -62,21 +65,21 @@ class LinearFunction(torch.autograd.Function):
             key,
         )
         # (M, K) @ (N, K).T -> (M, N)
-        y = backend.mm(x_rows, w_rows, w.shape[0], x.dtype)
-        saved = (x_cols if need_dw else None, (w_rows if shared else w_cols) if need_dx else None)
-        ctx.save_for_backward(key, *_tensors(saved[0]), *_tensors(saved[1]))
+        y = backend.mm(x_rows, w_rows, w.shape[-2], x.dtype, offs=offs)
+        w_saved = (w_rows if shared else w_cols) if need_dx else None
+        ctx.save_for_backward(offs, key, *_tensors(x_cols), *_tensors(w_saved))
         ctx.recipe, ctx.backend = recipe, backend
-        ctx.shape = (*w.shape, x.shape[0])
+        ctx.shape = (*w.shape[-2:], x.shape[0])
         ctx.dtypes = (x.dtype, w.dtype)
         return y
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor):
-        """Compute dx (M, K) in x's dtype, dw (N, K) in w's dtype."""
+        """Compute dx (M, K) in x's dtype, dw of w's shape and dtype."""
         recipe, backend = ctx.recipe, ctx.backend
         n, k, m = ctx.shape
         x_dtype, w_dtype = ctx.dtypes
-        key, *saved = ctx.saved_tensors
+        offs, key, *saved = ctx.saved_tensors
         x_cols = _operand(saved[:3], m)
         shared = shares_weight_codes(recipe)
         w_operand = _operand(saved[3:], k if shared else n)
@@ -85,15 +88,16 @@ class LinearFunction(torch.autograd.Function):
             use(recipe.dgrad, "dgrad", "left") if w_operand else None,
             use(recipe.wgrad, "wgrad", "left") if x_cols else None,
             key,
+            offs,
         )
         dx = dw = None
         if w_operand:
             # (M, N) @ (N, K) -> (M, K)
-            dx = backend.mm(dy_rows, w_operand, k, x_dtype, shared)
+            dx = backend.mm(dy_rows, w_operand, k, x_dtype, shared, offs)
         if x_cols:
             # (N, M) @ (K, M).T -> (N, K)
-            dw = backend.mm(dy_cols, x_cols, k, w_dtype)
-        return dx, dw, None, None, None, None
+            dw = backend.wgrad(dy_cols, x_cols, w_dtype, offs)
+        return dx, dw, None, None, None, None, None
 
 
 def _tensors(operand: QuantizedOperand | None) -> tuple[torch.Tensor | None, ...]:

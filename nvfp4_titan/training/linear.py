@@ -8,7 +8,7 @@ from ..backends import Backend, resolve
 from ..errors import ConfigError, UnsupportedError
 from ..numerics import sr_key
 from ..recipe import Recipe, get_recipe
-from .functions import LinearFunction
+from .functions import QuantizedGemm
 
 
 def key_tensor(seed: int, name: str) -> torch.Tensor:
@@ -71,7 +71,7 @@ def linear(
     grad = torch.is_grad_enabled()
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     grads = (grad and x.requires_grad, grad and w.requires_grad)
-    y = LinearFunction.apply(flat, w, key, recipe, backend, grads)
+    y = QuantizedGemm.apply(flat, w, None, key, recipe, backend, grads)
     y = y.view(*x.shape[:-1], w.shape[0])
     return y if bias is None else y + bias.to(y.dtype)
 

@@ -33,7 +33,9 @@ def test_bytes_are_uniform():
 def test_a_shard_draws_what_the_whole_draws():
     amax, block_amax = torch.tensor(3.0), torch.rand(40, 6)
     whole = block_random_bytes(7, 2, amax, block_amax)
-    part = block_random_bytes(7, 2, amax, block_amax[8:24, 2:5], first_row=8, first_block=2)
+    part = block_random_bytes(
+        7, 2, amax, block_amax[8:24, 2:5], torch.arange(8, 24), torch.arange(2, 5)
+    )
     assert torch.equal(part, whole[8:24, 2:5])
 
 
@@ -44,8 +46,10 @@ def test_every_part_of_key_and_counter_matters(change):
     other = {
         "seed": lambda: block_random_bytes(6, 1, torch.tensor(1.0), block_amax),
         "stream": lambda: block_random_bytes(5, 2, torch.tensor(1.0), block_amax),
-        "row": lambda: block_random_bytes(5, 1, torch.tensor(1.0), block_amax, first_row=4),
-        "block": lambda: block_random_bytes(5, 1, torch.tensor(1.0), block_amax, first_block=4),
+        "row": lambda: block_random_bytes(5, 1, torch.tensor(1.0), block_amax, torch.arange(4, 8)),
+        "block": lambda: block_random_bytes(
+            5, 1, torch.tensor(1.0), block_amax, None, torch.arange(4, 8)
+        ),
         "amax": lambda: block_random_bytes(5, 1, torch.tensor(1.25), block_amax),
         "block amax": lambda: block_random_bytes(5, 1, torch.tensor(1.0), block_amax * 1.25),
     }[change]()

@@ -136,7 +136,7 @@ def test_rht_is_on_both_operands_of_wgrad_and_nowhere_else():
     assert not any(fmt.rht for fmt in formats)
     x = torch.randn(64, 32, requires_grad=True)
     w = torch.randn(16, 32, requires_grad=True)
-    x_cols = saved_tensors(linear(x, w, backend="reference"))[1]
+    x_cols = saved_tensors(linear(x, w, backend="reference"))[2]
     assert torch.equal(x_cols, quantize(x.detach().T, rht=True).codes)
     assert not torch.equal(x_cols, quantize(x.detach().T).codes)
 

@@ -59,7 +59,7 @@ def test_converted_linears_really_run_quantized():
     seen = set()
     hooks = [
         module.register_forward_hook(
-            lambda m, args, y, name=name: seen.add((name, saved_tensors(y)[1].dtype))
+            lambda m, args, y, name=name: seen.add((name, saved_tensors(y)[2].dtype))
         )
         for name, module in model.named_modules()
         if isinstance(module, NVFP4Linear)

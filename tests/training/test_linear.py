@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from nvfp4_titan import RECIPES
-from nvfp4_titan.backends import BACKENDS, OperandUse, stream
+from nvfp4_titan.backends import BACKENDS, OperandUse, reference_ops, stream
 from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.numerics import QuantizedOperand, dequantize, quantize
 from nvfp4_titan.training import NVFP4Linear, key_tensor, linear
@@ -66,7 +66,7 @@ def test_backend_operands_equal_the_oracle(name, side, gemm):
     fmt = getattr(RECIPE, gemm).left
     use = OperandUse(fmt, stream(gemm, "left"))
     rows, cols = (use, None) if side == "rows" else (None, use)
-    operands = BACKENDS[name].quantize(t, rows, cols, key_tensor(1, "x"), None, (0, 0))
+    operands = BACKENDS[name].quantize(t, rows, cols, key_tensor(1, "x"))
     expected = quantize(
         t if side == "rows" else t.T,
         rounding=fmt.rounding,
@@ -85,9 +85,9 @@ def test_a_shard_with_reduced_amax_and_offset_equals_its_part_of_the_whole():
     dy, key = torch.randn(64, 96), key_tensor(1, "x")
     rows = OperandUse(RECIPE.dgrad.left, stream("dgrad", "left"))
     cols = OperandUse(RECIPE.wgrad.left, stream("wgrad", "left"))
-    whole = backend.quantize(dy, rows, cols, key, None, (0, 0))
+    whole = backend.quantize(dy, rows, cols, key)
     amax = torch.maximum(backend.amax(dy[:, :48], rows, cols), backend.amax(dy[:, 48:], rows, cols))
-    part = backend.quantize(dy[:, 48:].contiguous(), rows, cols, key, amax, (0, 48))
+    part = backend.quantize(dy[:, 48:], rows, cols, key, amax=amax, offset=(0, 48))
     assert torch.equal(part[0].codes, whole[0].codes[:, 24:])
     assert torch.equal(part[1].codes, whole[1].codes[48:])
 
@@ -146,10 +146,10 @@ def test_saved_for_backward_is_packed():
 def count_quantized(monkeypatch):
     """Shapes of what is quantized from now on, with the uses asked for."""
     calls = []
-    op = torch.ops.nvfp4_titan.reference_quantize
+    op = reference_ops.quantize
     monkeypatch.setattr(
-        torch.ops.nvfp4_titan,
-        "reference_quantize",
+        reference_ops,
+        "quantize",
         lambda t, rows, cols, *rest: (
             calls.append((bool(rows), bool(cols))) or op(t, rows, cols, *rest)
         ),

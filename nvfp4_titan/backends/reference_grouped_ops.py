@@ -1,0 +1,164 @@
+"""The oracle behind custom ops: grouped operands and GEMMs.
+
+On a CPU each group runs the very GEMM that a linear would run on its tokens alone, so the bits
+are the same. On a GPU nothing may wait for `offs`: every expert multiplies all tokens and keeps its
+own, E times the work. That is for checking faster backends, not for training.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from ..errors import ConfigError
+from ..numerics.grouped import group_layout, padded_rows, quantize_experts, quantize_tokens
+from ..recipe import OperandFormat
+from .reference_ops import FIVE_TENSORS, fake_operand, gemm_values, multiply, no_operand
+
+
+@torch.library.custom_op("nvfp4_titan::reference_quantize_tokens", mutates_args=())
+def quantize_tokens_op(
+    t: torch.Tensor,
+    offs: torch.Tensor,
+    rows: str,
+    cols: str,
+    streams: list[int],
+    key: torch.Tensor | None,
+) -> FIVE_TENSORS:
+    """Quantize t (M, K) group by group, along K (rows) and along tokens (cols)."""
+    groups = offs.shape[0]
+    if offs.device.type == "cpu":
+        _check_offs(offs, t.shape[0])
+    layout = group_layout(offs, t.shape[0])
+    amaxes = t.new_zeros((2, groups), dtype=torch.float32)
+    results = []
+    for i, spec in enumerate((rows, cols)):
+        if not spec:
+            results += no_operand(t)
+            continue
+        fmt = OperandFormat.parse(spec)
+        bits = int(key) if fmt.rounding == "sr" else 0
+        *operand, amaxes[i] = quantize_tokens(t, layout, groups, fmt, bits, streams[i], i == 1)
+        results += operand
+    return (*results, amaxes)
+
+
+@quantize_tokens_op.register_fake
+def _(t, offs, rows, cols, streams, key):
+    row_use = fake_operand(t, *t.shape) if rows else no_operand(t)
+    slots = padded_rows(t.shape[0], offs.shape[0])
+    col_use = fake_operand(t, t.shape[1], slots) if cols else no_operand(t)
+    return (*row_use, *col_use, t.new_empty((2, offs.shape[0]), dtype=torch.float32))
+
+
+@torch.library.custom_op("nvfp4_titan::reference_quantize_experts", mutates_args=())
+def quantize_experts_op(
+    w: torch.Tensor, rows: str, cols: str, streams: list[int], key: torch.Tensor | None
+) -> FIVE_TENSORS:
+    """Quantize w (E, N, K) expert by expert, along K (rows) and along N (cols)."""
+    amaxes = w.new_zeros((2, w.shape[0]), dtype=torch.float32)
+    results = []
+    for i, spec in enumerate((rows, cols)):
+        if not spec:
+            results += no_operand(w)
+            continue
+        fmt = OperandFormat.parse(spec)
+        bits = int(key) if fmt.rounding == "sr" else 0
+        *operand, amaxes[i] = quantize_experts(w, fmt, bits, streams[i], i == 1)
+        results += operand
+    return (*results, amaxes)
+
+
+@quantize_experts_op.register_fake
+def _(w, rows, cols, streams, key):
+    experts, n, k = w.shape
+    row_use = fake_operand(w, experts, n, k) if rows else no_operand(w)
+    col_use = fake_operand(w, experts, k, n) if cols else no_operand(w)
+    return (*row_use, *col_use, w.new_empty((2, experts), dtype=torch.float32))
+
+
+@torch.library.custom_op("nvfp4_titan::reference_grouped_mm", mutates_args=())
+def grouped_mm(
+    a_codes: torch.Tensor,
+    a_scale: torch.Tensor,
+    a_amax: torch.Tensor,
+    b_codes: torch.Tensor,
+    b_scale: torch.Tensor,
+    b_amax: torch.Tensor,
+    offs: torch.Tensor,
+    columns: int,
+    out_dtype: torch.dtype,
+    b_transposed: bool,
+) -> torch.Tensor:
+    """Per group (m, K) @ (N, K).T -> (m, N), or (m, K) @ (K, N) with b_transposed."""
+    a, b = gemm_values(a_codes, a_scale), gemm_values(b_codes, b_scale)
+    b = b[..., :columns] if b_transposed else b.transpose(1, 2)
+    y = a.new_zeros((a.shape[0], columns), dtype=out_dtype)
+    if a.device.type == "cpu":
+        for e, start, end in _groups(offs):
+            y[start:end] = multiply(a[start:end], b[e], a_amax[e], b_amax[e])
+        return y
+    row_group = group_layout(offs, a.shape[0]).row_group.unsqueeze(1)
+    for e in range(offs.shape[0]):
+        part = multiply(a, b[e], a_amax[e], b_amax[e])
+        y = torch.where(row_group == e, part.to(out_dtype), y)
+    return y
+
+
+@grouped_mm.register_fake
+def _(
+    a_codes, a_scale, a_amax, b_codes, b_scale, b_amax, offs, columns, out_dtype, b_transposed
+):  # fmt: skip
+    return a_codes.new_empty((a_codes.shape[0], columns), dtype=out_dtype)
+
+
+@torch.library.custom_op("nvfp4_titan::reference_grouped_wgrad", mutates_args=())
+def grouped_wgrad(
+    dy_codes: torch.Tensor,
+    dy_scale: torch.Tensor,
+    dy_amax: torch.Tensor,
+    x_codes: torch.Tensor,
+    x_scale: torch.Tensor,
+    x_amax: torch.Tensor,
+    offs: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Per group (N, m padded) @ (K, m padded).T -> (E, N, K)."""
+    dy, x = gemm_values(dy_codes, dy_scale), gemm_values(x_codes, x_scale)
+    groups = offs.shape[0]
+    dw = dy.new_zeros((groups, dy.shape[0], x.shape[0]), dtype=out_dtype)
+    if dy.device.type == "cpu":
+        slot = 0
+        for e, start, end in _groups(offs):
+            slots = slice(slot, slot := slot + padded_rows(end - start, 0))
+            left, right = dy[:, slots].contiguous(), x[:, slots].contiguous()
+            dw[e] = multiply(left, right.T, dy_amax[e], x_amax[e])
+        return dw
+    block_group = group_layout(offs, dy.shape[1] - padded_rows(0, groups)).block_group
+    slot_group = block_group.repeat_interleave(dy.shape[1] // block_group.shape[0])
+    for e in range(groups):
+        mine = slot_group == e
+        # where, not a product with the mask: another group's NaN must not pass.
+        left, right = (torch.where(mine, t, torch.zeros_like(t)) for t in (dy, x))
+        dw[e] = multiply(left, right.T, dy_amax[e], x_amax[e])
+    return dw
+
+
+@grouped_wgrad.register_fake
+def _(dy_codes, dy_scale, dy_amax, x_codes, x_scale, x_amax, offs, out_dtype):
+    shape = (offs.shape[0], dy_codes.shape[0], x_codes.shape[0])
+    return dy_codes.new_empty(shape, dtype=out_dtype)
+
+
+def _check_offs(offs: torch.Tensor, rows: int) -> None:
+    ends = [0, *offs.tolist()]
+    if sorted(ends) != ends or ends[-1] > rows:
+        raise ConfigError(f"offs {ends[1:]} must not decrease, nor end past the {rows} rows of x")
+
+
+def _groups(offs: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, end row) of the groups that have tokens; reads offs."""
+    start = 0
+    for e, end in enumerate(offs.tolist()):
+        if end > start:
+            yield e, start, end
+        start = end

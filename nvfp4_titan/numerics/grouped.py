@@ -1,0 +1,159 @@
+"""Quantizing for grouped GEMMs: every group (expert) as if its tokens stood alone.
+
+Tokens of group g are the rows offs[g-1] .. offs[g]; rows after the last group are padding that no
+result depends on. Each group has its own amax, and SR is keyed by the position inside the group, so
+that an expert's bits depend on its own tokens and not on its neighbours, its rank or its number.
+
+For wgrad the contraction runs over tokens: each group is padded with zeros to a multiple of 16 (in
+one buffer of a size that depends on shapes alone), so that no block of 16, and no Hadamard
+transform, crosses a group. Everything is computed on the device of `offs`, without reading it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..formats import BLOCK
+from ..recipe import OperandFormat
+from .philox import block_random_bytes
+from .quantize import block_amaxes, prepare, quantize_blocks
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Where the rows of M tokens in E groups lie, plain and padded to blocks.
+
+    Attributes:
+        row_group: (M,) int64 group of each row; E for the padding after the last group.
+        row_in_group: (M,) int64 position of each row in its group.
+        slot_row: (P,) int64 row that each padded slot holds; M for none.
+        block_group: (P / 16,) int64 group of each block of slots; E for none.
+        block_in_group: (P / 16,) int64 position of each block in its group.
+    """
+
+    row_group: torch.Tensor
+    row_in_group: torch.Tensor
+    slot_row: torch.Tensor
+    block_group: torch.Tensor
+    block_in_group: torch.Tensor
+
+
+def padded_rows(rows: int, groups: int) -> int:
+    """Slots that hold any split of `rows` into `groups`, each padded to 16."""
+    return (rows + BLOCK - 1) // BLOCK * BLOCK + BLOCK * groups
+
+
+def group_layout(offs: torch.Tensor, rows: int) -> GroupLayout:
+    """Layout of `rows` tokens in groups that end at `offs`.
+
+    Args:
+        offs: (E,) int32 cumulative group ends, non-decreasing, at most `rows`.
+        rows: M.
+    """
+    groups, device = offs.shape[0], offs.device
+    ends = offs.to(torch.int64)
+    starts = torch.cat((ends.new_zeros(1), ends[:-1]))
+    sizes = (ends - starts + BLOCK - 1) // BLOCK * BLOCK
+    padded_ends = sizes.cumsum(0)
+    # One more group, E, for what belongs to none.
+    starts = torch.cat((starts, ends[-1:]))
+    padded_starts = torch.cat((padded_ends - sizes, padded_ends[-1:]))
+    row = torch.arange(rows, device=device)
+    row_group = torch.searchsorted(ends, row, right=True)
+    slot = torch.arange(padded_rows(rows, groups), device=device)
+    slot_group = torch.searchsorted(padded_ends, slot, right=True)
+    in_group = slot - padded_starts[slot_group]
+    size = torch.cat((ends, ends[-1:])) - starts
+    slot_row = torch.where(in_group < size[slot_group], starts[slot_group] + in_group, rows)
+    return GroupLayout(
+        row_group=row_group,
+        row_in_group=row - starts[row_group],
+        slot_row=slot_row,
+        block_group=slot_group[::BLOCK],
+        block_in_group=in_group[::BLOCK] // BLOCK,
+    )
+
+
+def quantize_tokens(
+    t: torch.Tensor,
+    layout: GroupLayout,
+    groups: int,
+    fmt: OperandFormat,
+    key: int,
+    stream: int,
+    transpose: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize activations or gradients group by group.
+
+    Args:
+        t: (M, K) floating.
+        layout: `group_layout` of the groups.
+        groups: E.
+        fmt: Format, in 1x16 blocks.
+        key: SR key (used with rounding "sr").
+        stream: SR stream.
+        transpose: False for the contraction along K; True along tokens, padded group by group.
+
+    Returns:
+        codes (M, Kp / 2) or (K, P / 2), block_scale (M, Kp / 16) or (K, P / 16), amax (E,) fp32.
+    """
+    if transpose:
+        # A row of zeros at the end is what slots of no row hold.
+        t = torch.cat((t, t.new_zeros(1, t.shape[1])))[layout.slot_row]
+    prepared = prepare(t, rht=fmt.rht, transpose=transpose)
+    block_amax = block_amaxes(prepared)
+    group = layout.block_group if transpose else layout.row_group
+    amax = _group_amax(block_amax.T if transpose else block_amax, group, groups + 1)
+    spread = amax[group].unsqueeze(0 if transpose else 1)
+    random_byte = None
+    if fmt.rounding == "sr":
+        row = None if transpose else layout.row_in_group
+        block = layout.block_in_group if transpose else None
+        random_byte = block_random_bytes(key, stream, spread, block_amax, row, block)
+    codes, scale = quantize_blocks(prepared, block_amax, spread, random_byte)
+    return codes, scale, amax[:groups]
+
+
+def quantize_experts(
+    w: torch.Tensor, fmt: OperandFormat, key: int, stream: int, transpose: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize expert weights, each with its own amax and its own blocks.
+
+    Args:
+        w: (E, N, K) floating.
+        fmt: Format.
+        key: SR key (used with rounding "sr").
+        stream: SR stream.
+        transpose: False for the contraction along K, True along N.
+
+    Returns:
+        codes (E, N, Kp / 2), block_scale (E, N, Kp / 16), amax (E,) fp32; N and K swapped with
+        `transpose`.
+    """
+    if transpose:
+        w = w.transpose(1, 2)
+    experts, rows, columns = w.shape
+    # 16x16 blocks must not reach into the next expert.
+    missing = -rows % fmt.block[0]
+    flat = torch.nn.functional.pad(w, (0, 0, 0, missing)).reshape(-1, columns)
+    prepared = prepare(flat, rht=fmt.rht)
+    block_amax = block_amaxes(prepared, fmt.block[0])
+    shape = (experts, rows + missing, -1)
+    amax = block_amax.view(shape).amax((1, 2))
+    spread = amax.repeat_interleave(rows + missing).unsqueeze(1)
+    random_byte = None
+    if fmt.rounding == "sr":
+        row = torch.arange(rows + missing, device=w.device).repeat(experts)
+        random_byte = block_random_bytes(key, stream, spread, block_amax, row)
+    codes, scale = quantize_blocks(prepared, block_amax, spread, random_byte)
+    codes, scale = codes.view(shape)[:, :rows], scale.view(shape)[:, :rows]
+    return codes.contiguous(), scale.contiguous(), amax
+
+
+def _group_amax(block_amax: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
+    """Amax over the rows of (R, B) that belong to each group; NaN stays."""
+    row_amax = block_amax.amax(1)
+    amax = row_amax.new_zeros(groups).scatter_reduce_(0, group, row_amax, "amax")
+    # Whether scatter_reduce's amax propagates NaN differs between devices; a sum always does.
+    special = torch.where(row_amax.isfinite(), 0.0, row_amax)
+    return amax + torch.zeros_like(amax).scatter_add_(0, group, special)

@@ -1,0 +1,76 @@
+"""`grouped_mm`, the NVFP4 counterpart of torch._grouped_mm: many experts in one call."""
+
+import torch
+
+from ..backends import Backend, resolve
+from ..errors import ConfigError
+from ..recipe import Recipe, get_recipe
+from .functions import QuantizedGemm
+from .linear import key_tensor
+
+
+def grouped_mm(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    offs: torch.Tensor,
+    *,
+    recipe: str | Recipe = "nvfp4",
+    backend: str | Backend = "auto",
+    key: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multiply each group of rows by its expert, all three GEMMs in the recipe's formats.
+
+    Every group gives, bit for bit on the reference backend, what `linear` gives for its rows alone:
+    an amax per group and per expert, blocks that never cross a group, SR keyed inside the group.
+
+    Args:
+        x: (M, K) fp32, bf16 or fp16; the rows of group e are offs[e-1] to offs[e]. Groups may be
+            empty and need no alignment; rows after offs[-1] are padding: their y and dx are 0.
+        w: (E, K, N), usually the transposed view of (E, N, K) parameters; same dtype as x.
+        offs: (E,) int32 cumulative group ends on x's device; never read on a GPU.
+        recipe: Name in `RECIPES`, or a Recipe with 1x16 blocks for x and dy.
+        backend: Name ("auto" picks), or a Backend.
+        key: int64 CPU scalar from `key_tensor`, the SR key; None uses that of seed 0, name "".
+
+    Returns:
+        (M, N) in x's dtype.
+
+    Raises:
+        ConfigError: unknown recipe, shapes or dtypes that do not fit, group ends that decrease or
+            pass M (seen on a CPU only).
+        UnsupportedError: the backend cannot run here.
+
+    Source: NVIDIA arXiv 2509.25149; the bits are in nvfp4_titan.numerics.
+    """
+    recipe = get_recipe(recipe)
+    _check(x, w, offs, recipe)
+    if not recipe.quantized:
+        return torch._grouped_mm(x, w, offs=offs)
+    if isinstance(backend, str):
+        backend = resolve(backend)
+    if key is None and recipe.needs_key:
+        key = key_tensor(0, "")
+    grad = torch.is_grad_enabled()
+    grads = (grad and x.requires_grad, grad and w.requires_grad)
+    weight = w.transpose(-2, -1)
+    return QuantizedGemm.apply(x.contiguous(), weight, offs, key, recipe, backend, grads)
+
+
+def _check(x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor, recipe: Recipe) -> None:
+    if x.dim() != 2 or w.dim() != 3 or x.shape[1] != w.shape[1]:
+        raise ConfigError(
+            f"x {tuple(x.shape)} and w {tuple(w.shape)} do not fit: need (M, K) and (E, K, N)"
+        )
+    if x.dtype != w.dtype:
+        raise ConfigError(f"x is {x.dtype} and w is {w.dtype}: cast one")
+    if offs.shape != w.shape[:1] or offs.dtype != torch.int32:
+        raise ConfigError(
+            f"offs {tuple(offs.shape)} {offs.dtype} must hold the {w.shape[0]} group ends as int32"
+        )
+    if recipe.quantized:
+        tokens = (recipe.fprop.left, recipe.dgrad.left, recipe.wgrad.left, recipe.wgrad.right)
+        if any(fmt.block[0] != 1 for fmt in tokens):
+            raise ConfigError(
+                f"recipe {recipe.name!r} quantizes tokens in square blocks, which would cross "
+                "groups: use 1x16 blocks for x and dy"
+            )

@@ -1,0 +1,211 @@
+"""Expert weights: intercepted where they multiply, plain everywhere else."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nvfp4_titan import convert
+from nvfp4_titan.errors import ConfigError, UnsupportedError
+from nvfp4_titan.training import grouped_mm, linear
+from nvfp4_titan.training.experts import ExpertWeight
+
+
+class Experts(nn.Module):
+    """The path that torchtitan's experts take."""
+
+    def __init__(self, use_grouped_mm=True, num_experts=4, dim=32, hidden=48):
+        super().__init__()
+        self.num_experts, self.use_grouped_mm = num_experts, use_grouped_mm
+        self.w1 = nn.Parameter(torch.randn(num_experts, hidden, dim) * 0.1)
+        self.w2 = nn.Parameter(torch.randn(num_experts, dim, hidden) * 0.1)
+
+    def forward(self, x, counts):
+        if self.use_grouped_mm:
+            offs = counts.cumsum(0).to(torch.int32)
+            return run_grouped(self.w1, self.w2, x, offs)
+        parts = []
+        for e, part in enumerate(torch.split(x, counts.tolist())):
+            h = torch.matmul(part, self.w1[e].transpose(-2, -1)).relu()
+            parts.append(torch.matmul(h, self.w2[e].transpose(-2, -1)))
+        return torch.cat(parts)
+
+
+def run_grouped(w1, w2, x, offs):
+    h = torch._grouped_mm(x.bfloat16(), w1.bfloat16().transpose(-2, -1), offs=offs).relu()
+    return torch._grouped_mm(h, w2.bfloat16().transpose(-2, -1), offs=offs).type_as(x)
+
+
+class Router(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(32, 4, bias=False)
+        self.top_k = 2
+
+
+class MoE(nn.Module):
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.router, self.experts = Router(), Experts(**kwargs)
+
+
+class Model(nn.Module):
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.moe = MoE(**kwargs)
+        self.proj = nn.Linear(32, 32)
+
+
+COUNTS = torch.tensor([5, 0, 20, 7])
+
+
+def step(experts, x):
+    experts.zero_grad()
+    y = experts(x, COUNTS)
+    y.square().sum().backward()
+    return y.detach(), experts.w1.grad, experts.w2.grad
+
+
+def converted(**kwargs):
+    model = Model(**kwargs)
+    plain = copy.deepcopy(model)
+    report = convert(model, backend="reference")
+    return model.moe.experts, plain.moe.experts, report
+
+
+def test_report():
+    _, _, report = converted()
+    entries = {entry.fqn: entry for entry in report.entries}
+    assert set(entries) == {
+        "moe.router.gate", "moe.experts.w1", "moe.experts.w2", "proj",
+    }  # fmt: skip
+    assert not entries["moe.router.gate"].converted
+    assert entries["moe.experts.w1"].flops_per_token == 2 * 32 * 48 * 2
+    assert "2 of 2 expert weights" in str(report)
+
+
+def test_grouped_gemms_run_quantized():
+    experts, plain, _ = converted()
+    x = torch.randn(32, 32)
+    y, dw1, dw2 = step(experts, x)
+    offs = COUNTS.cumsum(0).to(torch.int32)
+    key1, key2 = (experts._converted[name][0] for name in ("w1", "w2"))
+    w1, w2 = (p.detach().bfloat16().transpose(-2, -1) for p in (plain.w1, plain.w2))
+    h = grouped_mm(x.bfloat16(), w1, offs, backend="reference", key=key1).relu()
+    expected = grouped_mm(h, w2, offs, backend="reference", key=key2).float()
+    assert torch.equal(y, expected)
+    control = step(plain, x)
+    for ours, theirs in zip((y, dw1, dw2), control, strict=True):
+        assert type(ours) is torch.Tensor and not torch.equal(ours, theirs)
+        assert (ours - theirs).norm() < 0.35 * theirs.norm()
+
+
+def test_for_loop_gives_the_same_numerics():
+    experts, _, _ = converted(use_grouped_mm=False)
+    x = torch.randn(32, 32)
+    y, dw1, _ = step(experts, x)
+    keys = [experts._converted[name][0] for name in ("w1", "w2")]
+    parts = []
+    for e, part in enumerate(torch.split(x, COUNTS.tolist())):
+        h = linear(part, experts.w1[e].detach(), backend="reference", key=keys[0]).relu()
+        parts.append(linear(h, experts.w2[e].detach(), backend="reference", key=keys[1]))
+    assert torch.equal(y, torch.cat(parts)) and dw1.isfinite().all()
+
+
+def test_parameters_stay_plain(tmp_path):
+    experts, plain, _ = converted()
+    assert all(type(p) is nn.Parameter for p in experts.parameters())
+    assert list(experts.state_dict()) == list(plain.state_dict())
+    assert all(type(t) is torch.Tensor for t in experts.state_dict().values())
+    torch.save(experts.state_dict(), tmp_path / "weights.pt")
+    plain.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    optimizer = torch.optim.AdamW(experts.parameters())
+    step(experts, torch.randn(32, 32))
+    optimizer.step()
+    state = optimizer.state_dict()["state"]
+    assert all(type(t) is torch.Tensor for s in state.values() for t in s.values())
+
+
+def test_deepcopy_and_to_empty():
+    experts, _, _ = converted()
+    x = torch.randn(32, 32)
+    copied = copy.deepcopy(experts)
+    assert all(torch.equal(a, b) for a, b in zip(step(copied, x), step(experts, x), strict=True))
+    with torch.device("meta"):
+        model = Model()
+    convert(model, backend="reference")
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    assert step(model.moe.experts, x)[0].isfinite().all()
+
+
+def test_compiled_function_is_one_graph_for_all_layers():
+    torch._dynamo.reset()
+    layers = [converted()[0] for _ in range(10)]
+    for i, experts in enumerate(layers):
+        for name, (_, *rest) in experts._converted.items():
+            experts._converted[name] = (torch.tensor(i + 1), *rest)
+    x = torch.randn(32, 32)
+    compiled = torch.compile(run_grouped, backend="aot_eager", fullgraph=True)
+    eager = run_grouped
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for experts in layers:
+            expected = step(experts, x)
+            globals()["run_grouped"] = compiled
+            try:
+                actual = step(experts, x)
+            finally:
+                globals()["run_grouped"] = eager
+            assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_rules_reach_experts_by_module_and_by_weight():
+    model = Model()
+    report = convert(model, rules=["moe.experts=bf16", "*.experts.w2=nvfp4"], backend="reference")
+    assert "moe.experts.w1" in report.kept and "moe.experts.w2" in report.converted
+    model.moe.experts(torch.randn(32, 32), COUNTS)
+
+
+def test_experts_can_be_left_alone():
+    model = Model()
+    report = convert(model, experts=False, backend="reference")
+    assert report.converted == ("proj",) and type(model.moe.experts) is Experts
+    with pytest.raises(ConfigError, match="matches no linear or expert"):
+        convert(nn.Sequential(nn.Linear(8, 8)), rules=["*.experts*=nvfp4"])
+
+
+def test_twice_is_refused():
+    model = Model()
+    convert(model, rules=["proj=bf16"], backend="reference")
+    with pytest.raises(ConfigError, match="converted before"):
+        convert(model)
+
+
+def test_an_operation_without_nvfp4_form_raises():
+    class Bmm(Experts):
+        def forward(self, x, counts):
+            return torch.bmm(x.expand(4, -1, -1), self.w1.transpose(-2, -1))
+
+    model = Model()
+    model.moe.experts = Bmm()
+    convert(model, backend="reference")
+    with pytest.raises(UnsupportedError, match="nvfp4.experts = false"):
+        model.moe.experts(torch.randn(3, 32), COUNTS)
+
+
+def test_weights_are_wrapped_only_inside_the_forward():
+    experts, _, _ = converted()
+    seen = []
+
+    original = run_grouped
+    globals()["run_grouped"] = lambda w1, *rest: seen.append(type(w1)) or original(w1, *rest)
+    try:
+        experts(torch.randn(32, 32), COUNTS)
+    finally:
+        globals()["run_grouped"] = original
+    assert seen == [ExpertWeight] and type(experts.w1) is nn.Parameter
+    with pytest.raises(ConfigError):
+        experts(torch.randn(32, 31), COUNTS)
+    assert type(experts.w1) is nn.Parameter
