@@ -6,7 +6,6 @@ parameters) and "1b", deepseek_v3 "200m" (209M).
 
 from dataclasses import replace
 
-from torchtitan.components.validate import build_validator
 from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs, deepseekv3_args
 from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
 from torchtitan.models.moe import MoEArgs
@@ -14,6 +13,7 @@ from torchtitan.protocols import train_spec
 from torchtitan.tools.logging import logger
 
 from .corpus import VOCAB_SIZE
+from .validate import PlainAttentionValidator
 
 LLAMA3_FLAVORS = {
     "150m": TransformerModelArgs(
@@ -67,5 +67,6 @@ def register() -> None:
     for name in MODELS:
         spec = train_spec.get_train_spec(name)
         if spec.build_validator_fn is None:
-            train_spec.register_train_spec(name, replace(spec, build_validator_fn=build_validator))
+            with_validator = replace(spec, build_validator_fn=PlainAttentionValidator)
+            train_spec.register_train_spec(name, with_validator)
             logger.debug(f"Added torchtitan's validator to the train spec of {name}")

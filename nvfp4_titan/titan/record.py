@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import nn
 from torchtitan.tools import utils
 
 from ..training import Report
@@ -17,6 +18,8 @@ from . import corpus
 from .datasets import dataset_corpus
 
 FILE, CONVERSION_FILE = "run_record.json", "conversion.json"
+EXPERTS_FILE = "tokens_per_expert.json"
+_COUNTS = "tokens_per_expert"  # torchtitan's name for the buffer of its MoE
 PACKAGES = ("torch", "torchtitan", "torchao", "triton", "datasets", "tokenizers")
 
 
@@ -57,6 +60,23 @@ def write_conversion(job_config, report: Report) -> Path:
         "entries": [asdict(entry) for entry in report.entries],
     }
     return _write(job_config, CONVERSION_FILE, content)
+
+
+def write_tokens_per_expert(job_config, model_parts: list[nn.Module]) -> Path | None:
+    """Write the tokens that each expert got since the last optimizer step, by MoE layer.
+
+    With a validation on the last step these are the validation's tokens, on this rank.
+
+    Returns:
+        Path of `tokens_per_expert.json`; None for a model without experts.
+    """
+    buffers = (item for part in model_parts for item in part.named_buffers())
+    counts = {
+        name.removesuffix(f".{_COUNTS}"): buffer.tolist()
+        for name, buffer in buffers
+        if name.endswith(_COUNTS)
+    }
+    return _write(job_config, EXPERTS_FILE, counts) if counts else None
 
 
 def _version(package: str) -> str | None:

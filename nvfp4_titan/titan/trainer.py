@@ -32,6 +32,12 @@ class NVFP4Trainer(Trainer):
         if distributed.get_rank() == 0:
             record.write(job_config)
 
+    def train(self) -> None:
+        """Train; afterwards record how the tokens spread over experts."""
+        super().train()
+        if distributed.get_rank() == 0:
+            record.write_tokens_per_expert(self.job_config, self.model_parts)
+
 
 def run(argv: list[str]) -> None:
     """Train in this process, one rank, as torchtitan's command line says.

@@ -10,7 +10,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 CONFIGS = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
-WORLD_SIZE = {"llama3_8b": 8, "llama3_70b": 128, "llama3_405b": 512}
+WORLD_SIZE = {
+    "llama3_8b": 8,
+    "llama3_70b": 128,
+    "llama3_405b": 512,
+    "deepseek_v3_16b": 8,
+    "deepseek_v3_236b": 160,
+    "deepseek_v3_671b": 256,
+}
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
@@ -56,6 +63,9 @@ def test_builds_converts_and_shards(config, tmp_path):
         comment = re.search(r"= (\d+) blocks? here", config.read_text())
         assert len(kept) == int(comment.group(1))
         assert converter.report.flops_share > 0.6
+        if job.model.name == "deepseek_v3":
+            experts = [e for e in converter.report.entries if e.kind == "experts"]
+            assert experts and sum(e.converted for e in experts) > 0.5 * len(experts)
         model = spec.parallelize_fn(model, dims, job)
         if world_size > 1:
             assert isinstance(model, FSDPModule)
