@@ -9,11 +9,12 @@ Formats travel as strings (`OperandFormat.parse`); "" stands for a use that nobo
 
 import torch
 
-from ..formats import BLOCK, NVFP4
+from ..formats import BLOCK
 from ..numerics.philox import block_random_bytes
 from ..numerics.quantize import (
     block_amaxes,
     block_indices,
+    global_scale,
     prepare,
     quantize_blocks,
     scaled_values,
@@ -159,7 +160,7 @@ def apply_alpha(acc: torch.Tensor, a_amax: torch.Tensor, b_amax: torch.Tensor) -
         a_amax: fp32 scalar.
         b_amax: fp32 scalar.
     """
-    a, b = a_amax / NVFP4.encode_max, b_amax / NVFP4.encode_max
+    a, b = global_scale(a_amax), global_scale(b_amax)
     alpha = a * b
     whole = (alpha >= FLT_MIN) & (alpha <= FLT_MAX)
     first = torch.where(whole, alpha, torch.minimum(a, b))

@@ -14,7 +14,8 @@ import torch
 
 from ..formats import BLOCK, RHT_SIGNS
 
-_SIGNS = torch.tensor(RHT_SIGNS, dtype=torch.float32) / 4
+_NEGATIVE = sum(1 << i for i, sign in enumerate(RHT_SIGNS) if sign < 0)
+"""The signs as bits, so that any device can compute them without a copy from the host."""
 
 
 def rht(t: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -29,7 +30,8 @@ def rht(t: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """
     dim = dim % t.dim()
     rows, columns = t.shape
-    signs = _SIGNS.to(t.device)
+    negative = (_NEGATIVE >> torch.arange(BLOCK, device=t.device)) & 1
+    signs = (1 - 2 * negative).to(torch.float32) / 4
     if dim == 0:
         inner, signs = columns, signs.view(1, BLOCK, 1)
         blocks = t.reshape(rows // BLOCK, BLOCK, columns)

@@ -60,7 +60,13 @@ class QuantizedOperand:
     @property
     def global_scale(self) -> torch.Tensor:
         """fp32 decode scale of the whole tensor, amax / 2688."""
-        return self.amax / NVFP4.encode_max
+        return global_scale(self.amax)
+
+
+def global_scale(amax: torch.Tensor) -> torch.Tensor:
+    """Decode scale amax / 2688 of tensors with these amaxes, fp32."""
+    # Tensor by tensor: a GPU divides by a scalar as a product with its reciprocal, 1 ulp off.
+    return torch.div(amax, torch.full_like(amax, NVFP4.encode_max))
 
 
 def pad_to_blocks(t: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -101,7 +107,7 @@ def block_scales(block_amax: torch.Tensor, amax: torch.Tensor) -> tuple[torch.Te
     Returns:
         S_b and enc_b of the module's formulas, both (R, B).
     """
-    # Tensor by tensor: torch turns scalar / tensor into a reciprocal times a scalar, 1 ulp off.
+    # Tensor by tensor, as in global_scale.
     encode = torch.div(torch.full_like(amax, NVFP4.encode_max), amax).clamp(max=FLT_MAX)
     encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
     scale = e4m3_rtne(block_amax * (encode * (1 / NVFP4.element_max)))

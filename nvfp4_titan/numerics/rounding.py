@@ -80,13 +80,22 @@ def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
 
 
-_MAGNITUDES = torch.tensor(NVFP4.values, dtype=torch.float32)
-_VALUES = torch.cat((_MAGNITUDES, -_MAGNITUDES))
-_PAIRS = torch.stack((_VALUES.repeat(16), _VALUES.repeat_interleave(16)), dim=-1)
+def _code_pairs(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(256, 2) values of the two codes in every byte.
+
+    Computed on the device: a table copied there would make the host wait, and one kept there would
+    be a cache to keep right.
+    """
+    byte = torch.arange(256, device=device)
+    code = torch.stack((byte & 0xF, byte >> 4), dim=-1)
+    magnitude = code & 7
+    # In quarters: subnormals 0 and 0.5, then (2 + mantissa) * 2**exponent.
+    quarters = torch.where(magnitude < 2, magnitude * 2, (2 + (magnitude & 1)) << (magnitude >> 1))
+    return (torch.where(code < 8, quarters, -quarters) / 4).to(dtype)
 
 
 def decode_codes(packed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Values of packed E2M1 codes: (..., K / 2) uint8 to (..., K) of `dtype` (exact in bf16)."""
-    table = _PAIRS.to(packed.device, dtype)
+    table = _code_pairs(packed.device, dtype)
     pairs = table.index_select(0, packed.reshape(-1).to(torch.int32))
     return pairs.view(*packed.shape[:-1], packed.shape[-1] * 2)

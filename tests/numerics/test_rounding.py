@@ -1,9 +1,8 @@
 """E2M1 and E4M3 rounding against NVIDIA's own host code, and against hand-worked values."""
 
 import shutil
-import site
 import subprocess
-import sysconfig
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,8 +41,7 @@ def nvidia_codes(tmp_path_factory):
     assert shutil.which("g++"), "this test builds NVIDIA's conversions: install g++"
     folder = tmp_path_factory.mktemp("nvidia")
     (folder / "convert.cpp").write_text(PROGRAM)
-    roots = [sysconfig.get_paths()["purelib"], *site.getsitepackages()]
-    targets = [p for r in roots for p in Path(r).glob("nvidia/**/nv/target")]
+    targets = [p for root in sys.path if root for p in Path(root).glob("nvidia/**/nv/target")]
     assert targets, "nvidia-cuda-cccl's headers are missing: pip install -e .[dev]"
     includes = [
         Path(triton.__file__).parent / "backends/nvidia/include",
