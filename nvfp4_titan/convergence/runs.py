@@ -1,0 +1,159 @@
+"""Finished runs as TensorBoard recorded them, and their comparison with a control.
+
+A run is a job's dump folder: TensorBoard's event files, run_record.json, and, for converted models,
+conversion.json. Runs are only compared when corpus, tokenizer, steps and data settings agree.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ..errors import ConfigError
+
+TRAIN_LOSS = "loss_metrics/global_avg_loss"
+VALIDATION_LOSS = "validation_metrics/loss"
+STEP_SECONDS = "time_metrics/end_to_end(s)"
+
+_SAME = (
+    ("corpus_sha256",),
+    ("tokenizer_sha256",),
+    ("config", "debug", "seed"),
+    ("config", "model", "flavor"),
+    ("config", "training", "seq_len"),
+    ("config", "training", "local_batch_size"),
+    ("config", "training", "global_batch_size"),
+    ("config", "training", "steps"),
+    ("config", "optimizer"),
+    ("config", "lr_scheduler"),
+    ("config", "validation"),
+)
+"""Parts of the record that must agree between compared runs."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: The job's dump folder.
+        record: run_record.json.
+        conversion: conversion.json; None for a run without the converter.
+        tokens_per_expert: tokens_per_expert.json; None for a model without experts.
+        train: Training loss by step.
+        validation: Validation loss by step.
+        seconds: Seconds of each logged step by step.
+    """
+
+    folder: Path
+    record: dict
+    conversion: dict | None
+    tokens_per_expert: dict[str, list[float]] | None
+    train: dict[int, float]
+    validation: dict[int, float]
+    seconds: dict[int, float]
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median over the steps after the first ten (or half, in short runs), without validation.
+
+        torchtitan counts a validation into the next step's time, so steps after one are left out.
+        """
+        warm = sorted(self.seconds)[min(10, len(self.seconds) // 2) :]
+        kept = [self.seconds[step] for step in warm if step - 1 not in self.validation]
+        return median(kept)
+
+
+def read_run(folder: Path | str) -> Run:
+    """Read a job's dump folder.
+
+    Raises:
+        ConfigError: something is missing, or a loss is NaN or infinite.
+    """
+    folder = Path(folder)
+    events = sorted(folder.glob("tb/*/events.out.tfevents.*"))
+    if len(events) != 1:
+        raise ConfigError(
+            f"{folder} holds {len(events)} TensorBoard files: give the dump folder of one run with "
+            "metrics.enable_tensorboard = true"
+        )
+    accumulator = EventAccumulator(str(events[0]), size_guidance={"scalars": 0})
+    accumulator.Reload()
+
+    def scalars(tag: str) -> dict[int, float]:
+        if tag not in accumulator.Tags()["scalars"]:
+            raise ConfigError(f"{folder} has no {tag}: enable validation and TensorBoard")
+        return {event.step: event.value for event in accumulator.Scalars(tag)}
+
+    run = Run(
+        folder,
+        _json(folder / "run_record.json"),
+        _json(folder / "conversion.json", optional=True),
+        _json(folder / "tokens_per_expert.json", optional=True),
+        *(scalars(tag) for tag in (TRAIN_LOSS, VALIDATION_LOSS, STEP_SECONDS)),
+    )
+    for name, losses in (("training", run.train), ("validation", run.validation)):
+        bad = [step for step, loss in losses.items() if not math.isfinite(loss)]
+        if bad:
+            raise ConfigError(f"{folder}: {name} loss is not finite at step {bad[0]}")
+    return run
+
+
+def compare(control: Run, run: Run) -> dict:
+    """Figures of a run against its control.
+
+    Returns:
+        Final validation losses, the relative gap between them, seconds per step and their ratio,
+        the share of FLOPs quantized; for MoE models the smallest share that an expert got.
+
+    Raises:
+        ConfigError: the two did not see the same data, or did not run the same steps.
+    """
+    for path in _SAME:
+        values = [_at(r.record, path) for r in (control, run)]
+        if values[0] != values[1]:
+            raise ConfigError(
+                f"{'.'.join(path)} differs between {control.folder} and {run.folder}: "
+                f"{values[0]} and {values[1]}; run both with the same settings"
+            )
+    if sorted(control.train) != sorted(run.train):
+        raise ConfigError(f"{control.folder} and {run.folder} did not run the same steps")
+    last = max(control.validation)
+    gap = run.validation[last] / control.validation[last] - 1
+    figures = {
+        "steps": max(control.train),
+        "validation_step": last,
+        "control_validation_loss": control.validation[last],
+        "validation_loss": run.validation[last],
+        "relative_gap": gap,
+        "control_seconds_per_step": control.seconds_per_step,
+        "seconds_per_step": run.seconds_per_step,
+        "step_time_ratio": run.seconds_per_step / control.seconds_per_step,
+        "flops_share": run.conversion["flops_share"] if run.conversion else 0.0,
+    }
+    if control.tokens_per_expert and run.tokens_per_expert:
+        for name, side in (("control_", control), ("", run)):
+            figures[f"{name}smallest_expert_share"] = smallest_expert_share(side.tokens_per_expert)
+    return figures
+
+
+def smallest_expert_share(tokens_per_expert: dict[str, list[float]]) -> float:
+    """Tokens of the least fed expert of all layers, relative to an even split."""
+    return min(min(counts) * len(counts) / sum(counts) for counts in tokens_per_expert.values())
+
+
+def _json(path: Path, optional: bool = False) -> dict | None:
+    if path.is_file():
+        return json.loads(path.read_text())
+    if optional:
+        return None
+    raise ConfigError(f"{path} is not there: start the run with python -m nvfp4_titan.train")
+
+
+def _at(record: dict, path: tuple[str, ...]):
+    for key in path:
+        record = record[key]
+    return record

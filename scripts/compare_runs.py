@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""Compare finished runs with a control: scripts/compare_runs.py CONTROL RUN --output results/name
+
+Writes OUTPUT.json (figures, commands, device, versions) and OUTPUT.png (loss curves).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import tyro
+
+from nvfp4_titan.convergence import compare, read_run
+from nvfp4_titan.convergence.plot import plot_losses
+from nvfp4_titan.errors import UserError
+
+
+def main(control: tyro.conf.Positional[Path], run: tyro.conf.Positional[Path], output: Path) -> int:
+    """Compare a run's dump folder with the control's.
+
+    Args:
+        control: Dump folder of the control.
+        run: Dump folder of the run.
+        output: Path of the results, without a suffix.
+    """
+    try:
+        reference, other = read_run(control), read_run(run)
+        figures = compare(reference, other)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    keys = ("device", "threads", "python", "versions", "corpus_sha256", "tokenizer_sha256")
+    result = {
+        **figures,
+        **{key: other.record[key] for key in keys},
+        "commands": [" ".join(r.record["command"][1:]) for r in (reference, other)],
+        "train_loss": {"control": reference.train, "run": other.train},
+        "validation": {"control": reference.validation, "run": other.validation},
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    config = other.record["config"]["model"]
+    title = f"{config['name']} {config['flavor']}, {other.record['device']}"
+    plot_losses({"control": reference, "NVFP4": other}, title, output.with_suffix(".png"))
+    print(json.dumps(figures, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))
