@@ -31,6 +31,10 @@ class NVFP4Converter(ModelConverter):
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
         self.job_config = job_config
+        # torchtitan shards the experts' own dims over TP unless EP takes the TP ranks.
+        self.experts_sharded = parallel_dims.tp_enabled and not (
+            parallel_dims.ep_enabled and parallel_dims.etp == 1
+        )
         check_settings(job_config)
         self.settings = job_config.nvfp4
         self.backend = resolve(self.settings.backend)
@@ -52,6 +56,12 @@ class NVFP4Converter(ModelConverter):
             weights_2d=settings.weights_2d,
         )
         if any(entry.converted and entry.kind == EXPERTS for entry in self.report.entries):
+            if self.experts_sharded:
+                raise UnsupportedError(
+                    "NVFP4 experts cannot be sharded by tensor parallelism yet: use "
+                    "expert_parallel_degree > 1 with expert_tensor_parallel_degree = 1, or "
+                    "nvfp4.experts = false"
+                )
             align_token_groups()
         if not distributed.is_initialized() or distributed.get_rank() == 0:
             logger.info(f"{self.report}")
@@ -93,11 +103,6 @@ def check_settings(job_config: JobConfig) -> None:
             "--job.custom_config_module nvfp4_titan.titan.job_config"
         )
     settings = job_config.nvfp4
-    if job_config.parallelism.tensor_parallel_degree > 1:
-        raise UnsupportedError(
-            "NVFP4 layers do not support tensor parallelism yet: set "
-            "parallelism.tensor_parallel_degree = 1"
-        )
     resolve(settings.backend)
     Selection(
         get_recipe(settings.recipe),

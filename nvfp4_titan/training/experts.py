@@ -173,6 +173,11 @@ class WrappingExperts:
         options = self.__dict__["_converted"][name]
         if not isinstance(value, DTensor):
             return _Wrap.apply(value, *options)
+        if not all(p.is_replicate() or p.is_shard(0) for p in value.placements):
+            raise UnsupportedError(
+                f"NVFP4 experts do not take weights placed as {value.placements} yet: use expert "
+                "parallelism with expert_tensor_parallel_degree = 1, or nvfp4.experts = false"
+            )
         # Sharded by experts (EP): what leaves through to_local() must be wrapped.
         return DTensor.from_local(
             _Wrap.apply(value.to_local(), *options),

@@ -11,8 +11,10 @@ group by group over (E, N, K) weights.
 """
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..backends import Backend, OperandUse, stream
+from ..distributed import GemmShards, OperandShard, reduced_amax
 from ..numerics import QuantizedOperand
 from ..recipe import GemmFormat, Recipe
 
@@ -46,29 +48,35 @@ class QuantizedGemm(torch.autograd.Function):
         recipe: Recipe,
         backend: Backend,
         grads: tuple[bool, bool],
+        shards: GemmShards | None = None,
     ) -> torch.Tensor:
         """From x (M, K), w (N, K) or (E, N, K) to y (M, N); grads: are dx and dw needed."""
         need_dx, need_dw = grads
         shared = shares_weight_codes(recipe)
-        x_rows, x_cols = backend.quantize(
+        x_rows, x_cols = _quantize(
+            backend,
             x,
             use(recipe.fprop, "fprop", "left"),
             use(recipe.wgrad, "wgrad", "right") if need_dw else None,
             key,
             offs,
+            shards and (shards.mesh, shards.x),
         )
         # A weight is multiplied in the activations' precision, as autocast and FSDP have it.
-        w_rows, w_cols = backend.quantize(
+        w_rows, w_cols = _quantize(
+            backend,
             w.to(x.dtype),
             use(recipe.fprop, "fprop", "right"),
             use(recipe.dgrad, "dgrad", "right") if need_dx and not shared else None,
             key,
+            None,
+            shards and (shards.mesh, shards.w),
         )
         # (M, K) @ (N, K).T -> (M, N)
         y = backend.mm(x_rows, w_rows, w.shape[-2], x.dtype, offs=offs)
         w_saved = (w_rows if shared else w_cols) if need_dx else None
         ctx.save_for_backward(offs, key, *_tensors(x_cols), *_tensors(w_saved))
-        ctx.recipe, ctx.backend = recipe, backend
+        ctx.recipe, ctx.backend, ctx.shards = recipe, backend, shards
         ctx.shape = (*w.shape[-2:], x.shape[0])
         ctx.dtypes = (x.dtype, w.dtype)
         return y
@@ -76,19 +84,21 @@ class QuantizedGemm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: torch.Tensor):
         """Compute dx (M, K) in x's dtype, dw of w's shape and dtype."""
-        recipe, backend = ctx.recipe, ctx.backend
+        recipe, backend, shards = ctx.recipe, ctx.backend, ctx.shards
         n, k, m = ctx.shape
         x_dtype, w_dtype = ctx.dtypes
         offs, key, *saved = ctx.saved_tensors
         x_cols = _operand(saved[:3], m)
         shared = shares_weight_codes(recipe)
         w_operand = _operand(saved[3:], k if shared else n)
-        dy_rows, dy_cols = backend.quantize(
+        dy_rows, dy_cols = _quantize(
+            backend,
             dy.contiguous(),
             use(recipe.dgrad, "dgrad", "left") if w_operand else None,
             use(recipe.wgrad, "wgrad", "left") if x_cols else None,
             key,
             offs,
+            shards and (shards.mesh, shards.dy),
         )
         dx = dw = None
         if w_operand:
@@ -97,7 +107,24 @@ class QuantizedGemm(torch.autograd.Function):
         if x_cols:
             # (N, M) @ (K, M).T -> (N, K)
             dw = backend.wgrad(dy_cols, x_cols, w_dtype, offs)
-        return dx, dw, None, None, None, None, None
+        return dx, dw, None, None, None, None, None, None
+
+
+def _quantize(
+    backend: Backend,
+    t: torch.Tensor,
+    rows: OperandUse | None,
+    cols: OperandUse | None,
+    key: torch.Tensor | None,
+    offs: torch.Tensor | None,
+    place: tuple[DeviceMesh, OperandShard] | None,
+) -> tuple[QuantizedOperand | None, QuantizedOperand | None]:
+    """Quantize a tensor for its uses, as a part of the whole where it is a shard."""
+    if place is None or not place[1].sharded:
+        return backend.quantize(t, rows, cols, key, offs)
+    mesh, shard = place
+    amax = reduced_amax(backend.amax(t, rows, cols), mesh)
+    return backend.quantize(t, rows, cols, key, offs, amax, shard.offset)
 
 
 def _tensors(operand: QuantizedOperand | None) -> tuple[torch.Tensor | None, ...]:

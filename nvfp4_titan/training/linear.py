@@ -5,7 +5,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..backends import Backend, resolve
-from ..errors import ConfigError, UnsupportedError
+from ..distributed import GemmShards, localize
+from ..errors import ConfigError
 from ..numerics import sr_key
 from ..recipe import Recipe, get_recipe
 from .functions import QuantizedGemm
@@ -32,7 +33,7 @@ def linear(
     """Compute x @ w.T + bias with all three GEMMs in the recipe's formats.
 
     Args:
-        x: (..., K) fp32, bf16 or fp16, any strides.
+        x: (..., K) fp32, bf16 or fp16, any strides; a DTensor where w is one.
         w: (N, K). Under autocast it is read in autocast's dtype and its gradient keeps its own.
         bias: (N,) or None. Added in x's dtype; its gradient comes from the unquantized dy.
         recipe: Name in `RECIPES`, or a Recipe.
@@ -44,7 +45,8 @@ def linear(
 
     Raises:
         ConfigError: unknown recipe, or shapes or dtypes that do not fit.
-        UnsupportedError: the backend cannot run here, or an argument is a DTensor.
+        UnsupportedError: the backend cannot run here, or DTensors in a layout that
+            nvfp4_titan.distributed does not know.
 
     Source: NVIDIA arXiv 2509.25149; the bits are in nvfp4_titan.numerics.
     """
@@ -59,21 +61,33 @@ def linear(
         raise ConfigError(
             f"x {tuple(x.shape)} and w {tuple(w.shape)} do not fit: need (..., K) and (N, K)"
         )
-    if isinstance(x, DTensor) or isinstance(w, DTensor):
-        raise UnsupportedError(
-            "NVFP4 linears do not take DTensors yet: use FSDP (tensor_parallel_degree = 1), or "
-            "keep these layers in bf16 with a rule"
-        )
     if isinstance(backend, str):
         backend = resolve(backend)
     if key is None and recipe.needs_key:
         key = key_tensor(0, "")
-    grad = torch.is_grad_enabled()
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    grads = (grad and x.requires_grad, grad and w.requires_grad)
-    y = QuantizedGemm.apply(flat, w, None, key, recipe, backend, grads)
-    y = y.view(*x.shape[:-1], w.shape[0])
+    options = (key, recipe, backend)
+    if isinstance(x, DTensor) or isinstance(w, DTensor):
+        local = localize(x, w)
+        y = local.wrap(_local_linear(local.x, local.w, *options, local.shards))
+    else:
+        y = _local_linear(x, w, *options, None)
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def _local_linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    key: torch.Tensor | None,
+    recipe: Recipe,
+    backend: Backend,
+    shards: GemmShards | None,
+) -> torch.Tensor:
+    """Run the GEMM on (M, K), M being all leading dims of x."""
+    grad = torch.is_grad_enabled()
+    grads = (grad and x.requires_grad, grad and w.requires_grad)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    y = QuantizedGemm.apply(flat, w, None, key, recipe, backend, grads, shards)
+    return y.view(*x.shape[:-1], w.shape[0])
 
 
 class NVFP4Linear(nn.Linear):

@@ -35,7 +35,6 @@ CASES = {
     "unknown model": (["--model.name=llama9"], "is unknown"),
     "tokenizer that is not there": (["--model.hf_assets_path=/nowhere"], "is not there"),
     "reserved setting": (["--nvfp4.fp4_all_gather"], "leave it at False"),
-    "tensor parallelism": (["--parallelism.tensor_parallel_degree=2"], "degree = 1"),
     "not a number": (["--training.steps=1x"], "1x"),
 }
 

@@ -1,0 +1,125 @@
+"""Linears over DTensors: which operand is sharded where, and what must be reduced.
+
+    style      x (M, K)     w (N, K)     y, dy (M, N)         amaxes reduced     dx        dw
+    colwise    Replicate    Shard(0)     Shard(-1)            w; dy              Partial   Shard(0)
+    rowwise    Shard(-1)    Shard(1)     Partial, Replicate   x, w               Shard(-1) Shard(1)
+    none       Replicate    Replicate    Replicate            nothing            Replicate Replicate
+
+Sequence parallelism gathers or scatters around these, so a linear sees one of the three. An amax is
+reduced over the axis that shards its operand, and SR counts from the shard's place in the whole:
+then a shard's codes and scales are those of the whole (where shards are multiples of 16), and what
+remains different from one device is the order of the partial sums.
+
+Over data-parallel axes nothing is reduced: FSDP hands out whole weights, and every microbatch has
+its own amax.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ..errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class OperandShard:
+    """An operand's place in the whole.
+
+    Attributes:
+        sharded: Whether ranks hold different parts of it, so that its amax must be reduced.
+        offset: Global (row, column) of the local part's first element.
+    """
+
+    sharded: bool = False
+    offset: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class GemmShards:
+    """Places of a linear's operands, and the mesh whose ranks share them."""
+
+    mesh: DeviceMesh
+    x: OperandShard
+    w: OperandShard
+    dy: OperandShard
+
+
+@dataclass(frozen=True)
+class LocalGemm:
+    """A linear over DTensors as a linear over local tensors.
+
+    Attributes:
+        x: (..., K) local tensor.
+        w: (N, K) local tensor.
+        shards: Places of the operands.
+        output: Placement of y.
+    """
+
+    x: torch.Tensor
+    w: torch.Tensor
+    shards: GemmShards
+    output: Placement
+
+    def wrap(self, y: torch.Tensor) -> DTensor:
+        """The local result (..., N) as a DTensor."""
+        return DTensor.from_local(y, self.shards.mesh, (self.output,), run_check=False)
+
+
+def localize(x: DTensor, w: DTensor) -> LocalGemm:
+    """Take a linear's DTensor operands apart.
+
+    Args:
+        x: (..., K) DTensor on a mesh of one dim.
+        w: (N, K) DTensor on the same mesh.
+
+    Raises:
+        UnsupportedError: another mesh or another pair of placements than the module's table has.
+    """
+    if not (isinstance(x, DTensor) and isinstance(w, DTensor)):
+        raise UnsupportedError(
+            f"x is a {type(x).__name__} and w a {type(w).__name__}: parallelize the module that "
+            "holds this linear, or keep it in bf16 with a rule"
+        )
+    mesh = w.device_mesh
+    if x.device_mesh != mesh or mesh.ndim != 1:
+        raise UnsupportedError(
+            f"NVFP4 linears take DTensors of one mesh with one dim, got {x.device_mesh} and {mesh}"
+        )
+    n, k = compute_local_shape_and_global_offset(w.shape, mesh, w.placements)[1]
+    placements = x.placements[0], w.placements[0]
+    last = Shard(x.dim() - 1)
+    if placements == (Replicate(), Shard(0)):
+        w_shard, dy_shard = OperandShard(True, (n, 0)), OperandShard(True, (0, n))
+        shards = GemmShards(mesh, OperandShard(), w_shard, dy_shard)
+        grad, output = Partial(), last
+    elif placements == (last, Shard(1)):
+        shards = GemmShards(
+            mesh, OperandShard(True, (0, k)), OperandShard(True, (0, k)), OperandShard()
+        )
+        grad, output = last, Partial()
+    elif placements == (Replicate(), Replicate()):
+        shards = GemmShards(mesh, OperandShard(), OperandShard(), OperandShard())
+        grad, output = Replicate(), Replicate()
+    else:
+        raise UnsupportedError(
+            f"NVFP4 linears do not take x {x.placements} with w {w.placements}: use "
+            "ColwiseParallel, RowwiseParallel or NoParallel, or keep this linear in bf16 with a "
+            "rule"
+        )
+    return LocalGemm(
+        x.to_local(grad_placements=(grad,)),
+        w.to_local(grad_placements=w.placements),
+        shards,
+        output,
+    )
+
+
+def reduced_amax(amax: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """Maximum over the mesh's ranks of fp32 amaxes; a NaN on any rank stays."""
+    # As integers: non-negative floats keep their order, and NaN is the largest.
+    reduced = collectives.all_reduce(amax.view(torch.int32), "max", mesh)
+    return collectives.wait_tensor(reduced).view(torch.float32)

@@ -1,0 +1,142 @@
+"""A linear over two ranks' DTensors: the codes and scales of one device, every operand.
+
+Losses cannot see a missing amax reduction or noise tied to a rank; codes and scales can. Each rank
+records what the backend made of its shards; the test compares that with the whole.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from nvfp4_titan.backends import BACKENDS
+from nvfp4_titan.errors import UnsupportedError
+from nvfp4_titan.training import key_tensor, linear
+
+WORLD = 2
+STYLES = {
+    # x, w, y: dims that are sharded, None for replicated, "partial" for sums
+    "colwise": (None, 0, -1),
+    "rowwise": (-1, 1, "partial"),
+    "none": (None, None, None),
+}
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 24, 64, generator=generator)
+    w = torch.randn(96, 64, generator=generator) * torch.logspace(-2, 0, 64)
+    dy = torch.randn(2, 24, 96, generator=generator) * torch.logspace(0, -2, 96)
+    return x, w, dy
+
+
+def recording(fault=None):
+    """The reference backend, and a list of the operands that it makes."""
+    reference, made = BACKENDS["reference"], []
+
+    def quantize(t, rows, cols, key=None, offs=None, amax=None, offset=(0, 0)):
+        if fault == "no reduction":
+            amax = None
+        if fault == "noise tied to a rank" and amax is not None:
+            offset = (0, 0)
+        operands = reference.quantize(t, rows, cols, key, offs, amax, offset)
+        made.append([o and (o.codes, o.block_scale.view(torch.uint8), o.amax) for o in operands])
+        return operands
+
+    return replace(reference, quantize=quantize), made
+
+
+def run(style, fault, folder, rank):
+    x_dim, w_dim, _ = STYLES[style]
+    mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tp",))
+
+    def place(t, dim):
+        placement = Replicate() if dim is None else Shard(dim % t.dim())
+        return distribute_tensor(t, mesh, [placement]).requires_grad_()
+
+    x, w, dy = inputs()
+    x, w = place(x, x_dim), place(w, w_dim)
+    backend, made = recording(fault)
+    y = linear(x, w, backend=backend, key=key_tensor(3, "wq"))
+    dy_dim = -1 if style == "colwise" else None
+    y.redistribute(placements=[Replicate()] if style == "rowwise" else y.placements).backward(
+        place(dy, dy_dim).detach()
+    )
+    results = [t.full_tensor() for t in (y, x.grad, w.grad)]
+    torch.save((made, [t.detach() for t in results]), f"{folder}/{rank}.pt")
+    if style == "colwise" and fault is None:
+        with pytest.raises(UnsupportedError, match="ColwiseParallel"):
+            linear(place(inputs()[0], 0), w, backend=backend)
+        with pytest.raises(UnsupportedError, match="parallelize the module"):
+            linear(inputs()[0], w, backend=backend)
+
+
+def worker(rank, style, fault, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
+    )
+    run(style, fault, folder, rank)
+    distributed.destroy_process_group()
+
+
+def whole():
+    """Operands and results of one device."""
+    x, w, dy = inputs()
+    x, w = x.requires_grad_(), w.requires_grad_()
+    backend, made = recording()
+    y = linear(x, w, backend=backend, key=key_tensor(3, "wq"))
+    y.backward(dy)
+    return made, [t.detach() for t in (y, x.grad, w.grad)]
+
+
+def mismatches(made, expected, style, rank):
+    """Operands of one rank whose codes, scales or amax are not the whole's part."""
+    x_dim, w_dim, _ = STYLES[style]
+    shards = {"x": x_dim, "w": w_dim, "dy": -1 if style == "colwise" else None}
+    wrong = []
+    for name, ours, theirs in zip(("x", "w", "dy"), made, expected, strict=True):
+        dim = shards[name]
+        for side, part, full in zip(("rows", "cols"), ours, theirs, strict=True):
+            if full is None:
+                continue
+            # The column use is of the transpose: its dims are swapped.
+            along = None if dim is None else (dim % 2 if side == "rows" else 1 - dim % 2)
+            for field, mine, all_of in zip(("codes", "scale", "amax"), part, full, strict=True):
+                if along is not None and field != "amax":
+                    all_of = all_of.chunk(WORLD, along)[rank]
+                if not torch.equal(mine, all_of):
+                    wrong.append(f"{name} {side} {field}")
+    return wrong
+
+
+def spawn(style, fault, folder):
+    multiprocessing.spawn(worker, (style, fault, str(folder)), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_operands_are_those_of_one_device(style, tmp_path):
+    expected_made, expected = whole()
+    for rank, (made, results) in enumerate(spawn(style, None, tmp_path)):
+        assert mismatches(made, expected_made, style, rank) == []
+        for actual, wanted in zip(results, expected, strict=True):
+            assert (actual - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    ("fault", "seen"), [("no reduction", "w rows amax"), ("noise tied to a rank", "dy rows codes")]
+)
+def test_faults_are_seen(fault, seen, tmp_path):
+    expected_made, _ = whole()
+    wrong = [
+        name
+        for rank, (made, _) in enumerate(spawn("colwise", fault, tmp_path))
+        for name in mismatches(made, expected_made, "colwise", rank)
+    ]
+    assert seen in wrong
