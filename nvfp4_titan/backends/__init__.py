@@ -4,6 +4,8 @@ import logging
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import torch
+
 from ..errors import ConfigError, UnsupportedError
 from .backend import Backend, OperandUse, stream
 from .reference import REFERENCE
@@ -31,7 +33,8 @@ def resolve(name: str) -> Backend:
     if name == "auto":
         for candidate in AUTO_ORDER:
             if candidate in BACKENDS and BACKENDS[candidate].unavailable() is None:
-                if candidate not in _announced:
+                # A compiler cannot trace a log call; the eager start of a run logs it.
+                if not torch.compiler.is_compiling() and candidate not in _announced:
                     _announced.add(candidate)
                     _logger.info("NVFP4 backend 'auto' picked '%s'", candidate)
                 return BACKENDS[candidate]

@@ -152,8 +152,8 @@ def multiply(
 def apply_alpha(acc: torch.Tensor, a_amax: torch.Tensor, b_amax: torch.Tensor) -> torch.Tensor:
     """Scale by alpha = (a_amax / 2688) * (b_amax / 2688), in place, without losing range.
 
-    Where the product of the two overflows or is subnormal they are applied one after the other, the
-    smaller first.
+    Where the product of the two overflows they are applied one after the other, the smaller first;
+    where it is subnormal, the larger first (both factors are then far from overflowing acc).
 
     Args:
         acc: fp32.
@@ -163,8 +163,10 @@ def apply_alpha(acc: torch.Tensor, a_amax: torch.Tensor, b_amax: torch.Tensor) -
     a, b = global_scale(a_amax), global_scale(b_amax)
     alpha = a * b
     whole = (alpha >= FLT_MIN) & (alpha <= FLT_MAX)
-    first = torch.where(whole, alpha, torch.minimum(a, b))
-    second = torch.where(whole, torch.ones_like(alpha), torch.maximum(a, b))
+    small, large = torch.minimum(a, b), torch.maximum(a, b)
+    overflows = alpha > FLT_MAX
+    first = torch.where(whole, alpha, torch.where(overflows, small, large))
+    second = torch.where(whole, torch.ones_like(alpha), torch.where(overflows, large, small))
     acc.mul_(first)
     # On a GPU asking would synchronise; a multiplication by 1 is exact.
     if acc.device.type != "cpu" or not bool(whole):

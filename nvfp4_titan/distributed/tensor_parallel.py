@@ -57,16 +57,23 @@ class LocalGemm:
         w: (N, K) local tensor.
         shards: Places of the operands.
         output: Placement of y.
+        features: Global N.
     """
 
     x: torch.Tensor
     w: torch.Tensor
     shards: GemmShards
     output: Placement
+    features: int
 
     def wrap(self, y: torch.Tensor) -> DTensor:
         """The local result (..., N) as a DTensor."""
-        return DTensor.from_local(y, self.shards.mesh, (self.output,), run_check=False)
+        # Spelled out: shards may be uneven.
+        shape = torch.Size((*y.shape[:-1], self.features))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            y, self.shards.mesh, (self.output,), run_check=False, shape=shape, stride=stride
+        )
 
 
 def localize(x: DTensor, w: DTensor) -> LocalGemm:
@@ -115,6 +122,7 @@ def localize(x: DTensor, w: DTensor) -> LocalGemm:
         w.to_local(grad_placements=w.placements),
         shards,
         output,
+        w.shape[0],
     )
 
 

@@ -110,7 +110,9 @@ def block_scales(block_amax: torch.Tensor, amax: torch.Tensor) -> tuple[torch.Te
     # Tensor by tensor, as in global_scale.
     encode = torch.div(torch.full_like(amax, NVFP4.encode_max), amax).clamp(max=FLT_MAX)
     encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
-    scale = e4m3_rtne(block_amax * (encode * (1 / NVFP4.element_max)))
+    scale = block_amax * (encode * (1 / NVFP4.element_max))
+    # An amax from outside may be finite where a block is not: saturating would hide it.
+    scale = e4m3_rtne(torch.where(block_amax.isinf(), torch.nan, scale))
     decode = scale.to(torch.float32)
     block_encode = torch.reciprocal(decode * torch.reciprocal(encode)).clamp(max=FLT_MAX)
     return scale, torch.where(decode == 0, 0.0, block_encode)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ..backends import Backend, resolve
 from ..errors import ConfigError
@@ -19,9 +20,9 @@ from .report import EXPERTS, LINEAR, Entry, Report
 
 @dataclass(frozen=True)
 class _Site:
-    """Something that multiplies by a weight: `attribute` of the module `parent`."""
+    """Something that multiplies by a weight: `attribute` of `module`."""
 
-    parent: nn.Module
+    module: nn.Module
     attribute: str
     names: tuple[str, ...]
     kind: str
@@ -91,6 +92,11 @@ def convert(
     )
     _check_model(model)
     blocks = _blocks(model)
+    if bf16_first_layers and not blocks:
+        raise ConfigError(
+            "bf16_first_layers needs a model with numbered blocks (a ModuleList or ModuleDict): "
+            "name its first linears in rules instead"
+        )
     sites = _linears(model) + _experts(model)
     _check_rules(selection, sites)
     choices = [_choose(selection, site, blocks, experts) for site in sites]
@@ -102,25 +108,27 @@ def convert(
 
 
 def _swap(sites: list[_Site], choices: list[Choice], backend: Backend, seed: int) -> None:
-    linears: dict[nn.Module, NVFP4Linear] = {}
+    linears: dict[nn.Module, Recipe] = {}
     experts: dict[nn.Module, dict[str, Recipe]] = {}
-    fqns: dict[nn.Module, str] = {}
     for site, choice in zip(sites, choices, strict=True):
-        if not choice.recipe.quantized:
+        if site.kind == EXPERTS and choice.recipe.quantized:
+            experts.setdefault(site.module, {})[site.attribute] = choice.recipe
+        if site.kind != LINEAR:
             continue
-        if site.kind == EXPERTS:
-            experts.setdefault(site.parent, {})[site.attribute] = choice.recipe
-            fqns[site.parent] = site.names[1]
-            continue
-        # A linear that is registered twice stays one module.
-        module = getattr(site.parent, site.attribute)
-        if module not in linears:
-            linears[module] = NVFP4Linear.from_linear(
-                module, recipe=choice.recipe, backend=backend, name=site.names[0], seed=seed
+        # A linear that is registered twice is one module: its names must agree.
+        if linears.setdefault(site.module, choice.recipe) != choice.recipe:
+            raise ConfigError(
+                f"{site.names[0]} is the same module as another name, which gets recipe "
+                f"{linears[site.module].name!r} and not {choice.recipe.name!r}: let rules agree"
             )
-        setattr(site.parent, site.attribute, linears[module])
+    first_names = {site.module: site.names for site in reversed(sites)}
+    for module, recipe in linears.items():
+        if recipe.quantized:
+            NVFP4Linear.from_linear(
+                module, recipe=recipe, backend=backend, name=first_names[module][0], seed=seed
+            )
     for module, recipes in experts.items():
-        convert_experts(module, recipes, backend, fqns[module], seed)
+        convert_experts(module, recipes, backend, first_names[module][1], seed)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -131,49 +139,69 @@ def _check_model(model: nn.Module) -> None:
             raise ConfigError(f"{fqn} was converted before: convert a model once")
 
 
+def _children(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
+    """(FQN, parent, child) of every registration of a module, repeated ones included."""
+    return [
+        (f"{fqn}.{name}" if fqn else name, parent, child)
+        for fqn, parent in model.named_modules()
+        for name, child in parent._modules.items()
+        if child is not None
+    ]
+
+
 def _linears(model: nn.Module) -> list[_Site]:
     """Every linear of the model, in model order."""
     found = []
-    for parent_fqn, parent in model.named_modules():
-        for child_name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                fqn = f"{parent_fqn}.{child_name}" if parent_fqn else child_name
-                shape = (child.out_features, child.in_features)
-                flops = 2 * shape[0] * shape[1]
-                found.append(
-                    _Site(parent, child_name, (fqn,), LINEAR, shape, flops, _obstacle(child))
-                )
+    for fqn, parent, child in _children(model):
+        if isinstance(child, nn.Linear):
+            shape = (child.out_features, child.in_features)
+            flops = 2 * shape[0] * shape[1]
+            obstacle = _obstacle(child, parent)
+            found.append(_Site(child, "weight", (fqn,), LINEAR, shape, flops, obstacle))
     return found
 
 
 def _experts(model: nn.Module) -> list[_Site]:
-    """Every routed expert weight, which answers to its own name and to its module's."""
+    """Every 3D weight that may be routed experts; it answers to its own and its module's name."""
     found = []
     modules = dict(model.named_modules())
     for fqn, module in modules.items():
         # A token runs through top_k of the experts; the router beside them knows how many.
         router = getattr(modules.get(fqn.rpartition(".")[0]), "router", None)
         top_k = getattr(router, "top_k", 1)
-        for name, weight in expert_weights(module).items():
+        experts = expert_weights(module)
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.dim() != 3 or isinstance(module, _CONVOLUTIONS):
+                continue
+            obstacle = None
+            if name not in experts:
+                obstacle = "3D weight of a module without num_experts"
+            elif type(module).forward is nn.Module.forward:
+                obstacle = "its module has no forward, so others read the weight"
             shape = tuple(weight.shape)
             flops = 2 * shape[1] * shape[2] * top_k
             names = (f"{fqn}.{name}" if fqn else name, fqn)
-            found.append(_Site(module, name, names, EXPERTS, shape, flops))
+            found.append(_Site(module, name, names, EXPERTS, shape, flops, obstacle))
     return found
 
 
-def _obstacle(module: nn.Linear) -> str | None:
-    """Why a linear cannot be swapped, None where it can."""
+_CONVOLUTIONS = nn.Conv1d | nn.ConvTranspose1d
+
+
+def _obstacle(module: nn.Linear, parent: nn.Module) -> str | None:
+    """Why a linear cannot be converted, None where it can."""
     if type(module) is not nn.Linear:
         return f"is a {type(module).__name__}, not a plain nn.Linear"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-        return "has hooks: register them after conversion"
+    if "forward" in module.__dict__:
+        return "has a forward of its own"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "is read by nn.TransformerEncoderLayer's fast path"
     return None
 
 
 def _choose(selection: Selection, site: _Site, blocks: dict[str, int], experts: bool) -> Choice:
     fqn = site.names[0]
-    block = next((i for prefix, i in blocks.items() if fqn.startswith(prefix)), None)
+    block = next((i for prefix, i in blocks.items() if f"{fqn}.".startswith(prefix)), None)
     choice = selection.choose(site.names, block, len(blocks))
     if choice.reason == "recipe" and site.kind == EXPERTS and not experts:
         return Choice(get_recipe("bf16"), "experts = false")
@@ -187,16 +215,22 @@ def _choose(selection: Selection, site: _Site, blocks: dict[str, int], experts: 
 def _blocks(model: nn.Module) -> dict[str, int]:
     """FQN prefixes of the transformer blocks, "layers.0." and so on, with their index.
 
-    The blocks are the children of the outermost container whose children are numbered; none where
-    there is no such container (a plain nn.Sequential is a function, not a stack of blocks).
+    The blocks are the children of the outermost ModuleList or ModuleDict whose children are
+    numbered, among equals of the longest; none where there is no such container (a plain
+    nn.Sequential is a function, not a stack of blocks).
     """
+    found = []
     for fqn, module in model.named_modules():
-        names = [name for name, _ in module.named_children()]
-        numbered = names and all(name.isdigit() for name in names)
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) and numbered:
+        names = list(module._modules)
+        stack = isinstance(module, nn.ModuleList | nn.ModuleDict)
+        if not stack or isinstance(module, ParametrizationList) or not names:
+            continue
+        if all(name.isdigit() for name in names):
+            depth = fqn.count(".") if fqn else -1
             prefix = f"{fqn}." if fqn else ""
-            return {f"{prefix}{name}.": i for i, name in enumerate(sorted(names, key=int))}
-    return {}
+            ordered = sorted(names, key=int)
+            found.append((depth, -len(names), {f"{prefix}{n}.": i for i, n in enumerate(ordered)}))
+    return min(found, key=lambda item: item[:2])[2] if found else {}
 
 
 def _check_rules(selection: Selection, sites: list[_Site]) -> None:

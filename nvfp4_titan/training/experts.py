@@ -94,13 +94,16 @@ class ExpertWeight(torch.Tensor):
         if func in _GROUPED_MM:
             return _intercepted_grouped_mm(*args, **kwargs)
         if func in _MATMUL:
-            return _intercepted_matmul(*args)
+            return _intercepted_matmul(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func not in _KEEP:
+            # Under inference_mode composite operations arrive whole.
+            if func._can_decompose():
+                return func.decompose(*args, **(kwargs or {}))
             raise UnsupportedError(
                 f"expert weights reached {func}, which has no NVFP4 form: use torch._grouped_mm or "
                 "torch.matmul, or keep these experts in high precision with a rule or "
@@ -135,8 +138,15 @@ class _Wrap(torch.autograd.Function):
         return grad, None, None, None
 
 
-def _intercepted_grouped_mm(x, w, offs=None, bias=None, out_dtype=None) -> torch.Tensor:
-    if offs is None or bias is not None or out_dtype not in (None, x.dtype) or x.dim() != 2:
+def _intercepted_grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None) -> torch.Tensor:
+    w = mat2
+    if (
+        not isinstance(w, ExpertWeight)
+        or offs is None
+        or bias is not None
+        or out_dtype not in (None, x.dtype)
+        or x.dim() != 2
+    ):
         raise UnsupportedError(
             "NVFP4 experts take grouped GEMMs of (M, K) by (E, K, N) with offs, without bias or "
             "out_dtype: keep these experts in high precision with a rule or nvfp4.experts = false"
@@ -145,7 +155,8 @@ def _intercepted_grouped_mm(x, w, offs=None, bias=None, out_dtype=None) -> torch
     return grouped_mm(x, _Unwrap.apply(w), offs, **options)
 
 
-def _intercepted_matmul(x, w) -> torch.Tensor:
+def _intercepted_matmul(x, other) -> torch.Tensor:
+    w = other
     if not isinstance(w, ExpertWeight) or w.dim() != 2:
         raise UnsupportedError(
             "NVFP4 experts take matmul(x, w) with one expert's (K, N) weight on the right: keep "
@@ -168,7 +179,10 @@ class WrappingExperts:
 
     def __getattr__(self, name: str):
         value = super().__getattr__(name)
-        if name not in self.__dict__["_converted"] or not self.__dict__["_wrapping"]:
+        if name not in self.__dict__["_converted"]:
+            return value
+        # A checkpoint inside the forward recomputes during backward, outside of it.
+        if not self._wrapping and torch._C._current_graph_task_id() == -1:
             return value
         options = self.__dict__["_converted"][name]
         if not isinstance(value, DTensor):
@@ -187,6 +201,17 @@ class WrappingExperts:
             shape=value.shape,
             stride=value.stride(),
         )
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time: pickle by its base.
+        _, _, *rest = super().__reduce_ex__(protocol)
+        base = next(c for c in type(self).__mro__ if not issubclass(c, WrappingExperts))
+        return (_new_instance, (base,), *rest)
+
+
+def _new_instance(base: type[nn.Module]) -> nn.Module:
+    cls = _wrapping_class(base)
+    return cls.__new__(cls)
 
 
 @cache

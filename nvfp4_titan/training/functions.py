@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..backends import Backend, OperandUse, stream
 from ..distributed import GemmShards, OperandShard, reduced_amax
+from ..errors import UnsupportedError
 from ..numerics import QuantizedOperand
 from ..recipe import GemmFormat, Recipe
 
@@ -84,6 +85,11 @@ class QuantizedGemm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: torch.Tensor):
         """Compute dx (M, K) in x's dtype, dw of w's shape and dtype."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise UnsupportedError(
+                "NVFP4 GEMMs have no second derivative: call backward without create_graph, or "
+                "keep these layers in high precision with a rule"
+            )
         recipe, backend, shards = ctx.recipe, ctx.backend, ctx.shards
         n, k, m = ctx.shape
         x_dtype, w_dtype = ctx.dtypes

@@ -6,7 +6,7 @@ from ..backends import Backend, resolve
 from ..errors import ConfigError
 from ..recipe import Recipe, get_recipe
 from .functions import QuantizedGemm
-from .linear import key_tensor
+from .linear import DEFAULT_KEY, check_operands
 
 
 def grouped_mm(
@@ -28,7 +28,8 @@ def grouped_mm(
             empty and need no alignment; rows after offs[-1] are padding: their y and dx are 0.
         w: (E, K, N), usually the transposed view of (E, N, K) parameters; same dtype as x.
         offs: (E,) int32 cumulative group ends on x's device; never read on a GPU.
-        recipe: Name in `RECIPES`, or a Recipe with 1x16 blocks for x and dy.
+        recipe: Name in `RECIPES`, or a Recipe with 1x16 blocks for x and dy. "bf16" is
+            torch._grouped_mm itself, which leaves rows of no group undefined.
         backend: Name ("auto" picks), or a Backend.
         key: int64 CPU scalar from `key_tensor`, the SR key; None uses that of seed 0, name "".
 
@@ -48,8 +49,7 @@ def grouped_mm(
         return torch._grouped_mm(x, w, offs=offs)
     if isinstance(backend, str):
         backend = resolve(backend)
-    if key is None and recipe.needs_key:
-        key = key_tensor(0, "")
+    key = DEFAULT_KEY if key is None else key
     grad = torch.is_grad_enabled()
     grads = (grad and x.requires_grad, grad and w.requires_grad)
     weight = w.transpose(-2, -1)
@@ -68,6 +68,7 @@ def _check(x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor, recipe: Recipe)
             f"offs {tuple(offs.shape)} {offs.dtype} must hold the {w.shape[0]} group ends as int32"
         )
     if recipe.quantized:
+        check_operands(x, w)
         tokens = (recipe.fprop.left, recipe.dgrad.left, recipe.wgrad.left, recipe.wgrad.right)
         if any(fmt.block[0] != 1 for fmt in tokens):
             raise ConfigError(

@@ -8,6 +8,7 @@ from ..backends import Backend, resolve
 from ..distributed import GemmShards, localize
 from ..errors import ConfigError
 from ..numerics import sr_key
+from ..numerics.quantize import INPUT_DTYPES
 from ..recipe import Recipe, get_recipe
 from .functions import QuantizedGemm
 
@@ -19,6 +20,22 @@ def key_tensor(seed: int, name: str) -> torch.Tensor:
     differ in nothing else share one compiled graph. On the CPU, so that reading it never waits.
     """
     return torch.tensor(sr_key(seed, name), dtype=torch.int64, device="cpu")
+
+
+DEFAULT_KEY = key_tensor(0, "")
+"""The SR key of calls and modules without a name."""
+
+
+def check_operands(x: torch.Tensor, w: torch.Tensor) -> None:
+    """Check dtypes and sizes of a GEMM's inputs.
+
+    Raises:
+        ConfigError: a dtype that NVFP4 does not take, or a dim of size 0 in w.
+    """
+    if x.dtype not in INPUT_DTYPES:
+        raise ConfigError(f"x is {x.dtype}: NVFP4 takes float32, bfloat16 and float16")
+    if 0 in w.shape:
+        raise ConfigError(f"w {tuple(w.shape)} has a dim of size 0: nothing to multiply")
 
 
 def linear(
@@ -51,8 +68,9 @@ def linear(
     Source: NVIDIA arXiv 2509.25149; the bits are in nvfp4_titan.numerics.
     """
     recipe = get_recipe(recipe)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
     elif x.dtype != w.dtype:
         raise ConfigError(f"x is {x.dtype} and w is {w.dtype}: cast one, or use torch.autocast")
     if not recipe.quantized:
@@ -63,8 +81,8 @@ def linear(
         )
     if isinstance(backend, str):
         backend = resolve(backend)
-    if key is None and recipe.needs_key:
-        key = key_tensor(0, "")
+    key = DEFAULT_KEY if key is None else key
+    check_operands(x, w)
     options = (key, recipe, backend)
     if isinstance(x, DTensor) or isinstance(w, DTensor):
         local = localize(x, w)
@@ -125,19 +143,14 @@ class NVFP4Linear(nn.Linear):
     def from_linear(
         cls, module: nn.Linear, *, recipe: Recipe, backend: Backend, name: str, seed: int
     ) -> "NVFP4Linear":
-        """Convert a module: the result holds its very parameters, on any device, meta too."""
-        new = cls(
-            module.in_features,
-            module.out_features,
-            bias=module.bias is not None,
-            device="meta",
-            recipe=recipe,
-            backend=backend,
-            name=name,
-            seed=seed,
-        )
-        new.weight, new.bias = module.weight, module.bias
-        return new.train(module.training)
+        """Turn a plain nn.Linear into an NVFP4Linear, in place; returns it.
+
+        It stays the same object: parameters, hooks, attributes and every place that holds it.
+        """
+        module.__class__ = cls
+        module.recipe, module.backend = recipe, backend
+        module.key = key_tensor(seed, name)
+        return module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N); see `linear`."""

@@ -69,6 +69,8 @@ def run(style, fault, folder, rank):
     results = [t.full_tensor() for t in (y, x.grad, w.grad)]
     torch.save((made, [t.detach() for t in results]), f"{folder}/{rank}.pt")
     if style == "colwise" and fault is None:
+        uneven = linear(x, place(w.full_tensor().detach()[:33], 0), backend=backend)
+        assert uneven.full_tensor().shape == (2, 24, 33)
         with pytest.raises(UnsupportedError, match="ColwiseParallel"):
             linear(place(inputs()[0], 0), w, backend=backend)
         with pytest.raises(UnsupportedError, match="parallelize the module"):

@@ -125,20 +125,75 @@ def test_training_mode_and_meta():
     assert model.layers["0"].wq.weight.is_meta
 
 
-def test_subclasses_and_hooks_are_kept_with_the_reason():
+def test_what_cannot_be_converted_is_kept_with_the_reason():
     class Special(nn.Linear):
         pass
 
     model = Model()
     model.layers["0"].wq = Special(32, 32, bias=False)
-    model.layers["1"].wq.register_forward_hook(lambda *args: None)
+    model.layers["1"].wq.forward = lambda x: x
+    model.encoder = nn.TransformerEncoderLayer(32, 2, 64)
+    model.other = nn.Module()
+    model.other.kernel = nn.Parameter(torch.randn(4, 8, 8))
     report = convert(model, backend="reference")
-    reasons = {entry.fqn: entry.reason for entry in report.entries}
-    assert "Special" in reasons["layers.0.wq"] and "hooks" in reasons["layers.1.wq"]
+    reasons = {entry.fqn: entry.reason for entry in report.entries if not entry.converted}
+    assert "Special" in reasons["layers.0.wq"]
+    assert "forward of its own" in reasons["layers.1.wq"]
+    assert "fast path" in reasons["encoder.linear1"]
+    assert "num_experts" in reasons["other.kernel"]
     with pytest.raises(ConfigError, match="is a Special"):
         model = Model()
         model.layers["0"].wq = Special(32, 32)
         convert(model, rules=["layers.0.*=nvfp4"], backend="reference")
+
+
+def test_a_linear_keeps_its_identity_hooks_and_attributes():
+    model = Model()
+    linear, calls = model.layers["0"].wq, []
+    linear.register_forward_hook(lambda *args: calls.append(1))
+    linear.SCALE_INIT = 1
+    aside = [linear]
+    convert(model, backend="reference")
+    assert model.layers["0"].wq is linear is aside[0] and isinstance(linear, NVFP4Linear)
+    model(torch.randint(0, 64, (1, 4)))
+    assert linear.SCALE_INIT == 1 and calls == [1]
+
+
+def test_one_parent_that_holds_a_linear_twice():
+    shared = nn.Linear(32, 32)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    report = convert(model, backend="reference")
+    assert report.converted == ("0", "2") and isinstance(model[2], NVFP4Linear)
+    with pytest.raises(ConfigError, match="let rules agree"):
+        shared = nn.Linear(32, 32)
+        convert(nn.Sequential(shared, shared), rules=["1=bf16"], backend="reference")
+
+
+def test_blocks_are_the_outermost_and_longest_numbered_container():
+    model = Model(10)
+    wrapped = nn.Module()
+    wrapped.encoder = nn.Module()
+    wrapped.encoder.stages = nn.ModuleList([Block(), Block()])
+    wrapped.heads = nn.ModuleList([nn.Linear(32, 32)])
+    wrapped.layers = nn.ModuleList(model.layers.values())
+    report = convert(wrapped, bf16_last_fraction=0.2, backend="reference")
+    assert {"layers.8.wq", "layers.9.wq"} <= set(report.kept)
+    assert "encoder.stages.1.wq" in report.converted and "heads.0" in report.converted
+    plain = nn.Module()
+    plain.layers = nn.ModuleList([nn.Linear(32, 32) for _ in range(4)])
+    report = convert(plain, bf16_first_layers=2, bf16_last_fraction=0, backend="reference")
+    assert report.converted == ("layers.2", "layers.3")
+    with pytest.raises(ConfigError, match="numbered blocks"):
+        convert(nn.Sequential(nn.Linear(8, 8)), bf16_first_layers=1, backend="reference")
+
+
+def test_a_converted_model_pickles(tmp_path):
+    model = Model()
+    convert(model, backend="reference")
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    tokens = torch.randint(0, 64, (1, 4))
+    assert torch.equal(loaded(tokens), model(tokens))
 
 
 def test_sequential_has_no_blocks():

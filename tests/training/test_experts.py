@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nvfp4_titan import convert
 from nvfp4_titan.errors import ConfigError, UnsupportedError
@@ -209,3 +210,40 @@ def test_weights_are_wrapped_only_inside_the_forward():
     with pytest.raises(ConfigError):
         experts(torch.randn(32, 31), COUNTS)
     assert type(experts.w1) is nn.Parameter
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint_inside_the_forward(use_reentrant):
+    class Checkpointed(Experts):
+        def forward(self, x, counts):
+            return checkpoint(super().forward, x, counts, use_reentrant=use_reentrant)
+
+    results = []
+    for cls in (Experts, Checkpointed):
+        torch.manual_seed(0)
+        model = Model()
+        model.moe.experts = cls()
+        convert(model, backend="reference")
+        torch.manual_seed(1)
+        results.append(step(model.moe.experts, torch.randn(32, 32, requires_grad=True)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_inference_mode_and_pickle(tmp_path):
+    experts, _, _ = converted()
+    x = torch.randn(32, 32)
+    with torch.inference_mode():
+        inferred = experts(x, COUNTS)
+    assert torch.equal(inferred, experts(x, COUNTS))
+    torch.save(experts, tmp_path / "experts.pt")
+    loaded = torch.load(tmp_path / "experts.pt", weights_only=False)
+    assert torch.equal(loaded(x, COUNTS), inferred)
+
+
+def test_weights_that_others_read_are_kept():
+    model = Model()
+    model.moe.experts = nn.Module()
+    model.moe.experts.num_experts = 4
+    model.moe.experts.w1 = nn.Parameter(torch.randn(4, 8, 8))
+    report = convert(model, backend="reference")
+    assert "moe.experts.w1" in report.kept and "no forward" in str(report)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nvfp4_titan import RECIPES
 from nvfp4_titan.backends import BACKENDS, OperandUse, reference_ops, stream
-from nvfp4_titan.errors import ConfigError
+from nvfp4_titan.errors import ConfigError, UnsupportedError
 from nvfp4_titan.numerics import QuantizedOperand, dequantize, quantize
 from nvfp4_titan.training import NVFP4Linear, key_tensor, linear
 
@@ -253,9 +253,8 @@ def test_recomputation_gives_the_same_bits():
 def test_module_is_a_drop_in(tmp_path):
     plain = nn.Linear(56, 72)
     module = NVFP4Linear.from_linear(
-        plain, recipe=RECIPE, backend=BACKENDS["reference"], name="x", seed=0
+        copy.deepcopy(plain), recipe=RECIPE, backend=BACKENDS["reference"], name="x", seed=0
     )
-    assert module.weight is plain.weight and module.bias is plain.bias
     assert list(module.state_dict()) == list(plain.state_dict())
     assert [n for n, _ in module.named_buffers()] == []
     module.load_state_dict(plain.state_dict())
@@ -318,8 +317,35 @@ def test_unquantized_recipe_is_the_plain_linear():
         (lambda: linear(torch.ones(2, 8), torch.ones(4, 8).bfloat16()), "cast one"),
         (lambda: linear(torch.ones(2, 8), torch.ones(4, 8), recipe="fp3"), "use one of nvfp4"),
         (lambda: linear(torch.ones(2, 8), torch.ones(4, 8), backend="cuda"), "use one of auto"),
+        (lambda: linear(torch.ones(2, 8).double(), torch.ones(4, 8).double()), "float16"),
+        (lambda: linear(torch.ones(2, 0), torch.ones(4, 0)), "size 0"),
     ],
 )
 def test_errors_name_the_fix(call, fragment):
     with pytest.raises(ConfigError, match=fragment):
         call()
+
+
+def test_a_second_derivative_is_refused():
+    x, w, _ = tensors()
+    y = linear(x, w, backend="reference")
+    with pytest.raises(UnsupportedError, match="no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_the_function_compiles_and_runs_on_meta():
+    torch._dynamo.reset()
+    x, w, _ = tensors()
+    compiled = torch.compile(lambda x, w: linear(x, w), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, w), linear(x, w))
+    module = NVFP4Linear(16, 32, device="meta", backend="reference")
+    assert module(torch.ones(3, 16, device="meta")).shape == (3, 32)
+
+
+@pytest.mark.parametrize(("small", "large"), [(1.57e-41, 7.2e8), (1e38, 1e38), (1e-30, 1e-30)])
+def test_alpha_outside_the_range_of_fp32(small, large):
+    acc = torch.tensor([[17.7]])
+    a, b = torch.tensor(small), torch.tensor(large)
+    exact = acc.double() * (a / 2688).double() * (b / 2688).double()
+    result = reference_ops.apply_alpha(acc.clone(), a, b)
+    assert torch.allclose(result.double(), exact, rtol=1e-6) or result == exact.float()
