@@ -20,7 +20,6 @@ import torch
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..errors import UnsupportedError
 
@@ -96,7 +95,7 @@ def localize(x: DTensor, w: DTensor) -> LocalGemm:
         raise UnsupportedError(
             f"NVFP4 linears take DTensors of one mesh with one dim, got {x.device_mesh} and {mesh}"
         )
-    n, k = compute_local_shape_and_global_offset(w.shape, mesh, w.placements)[1]
+    n, k = (_first(size, mesh) for size in w.shape)
     placements = x.placements[0], w.placements[0]
     last = Shard(x.dim() - 1)
     if placements == (Replicate(), Shard(0)):
@@ -124,6 +123,12 @@ def localize(x: DTensor, w: DTensor) -> LocalGemm:
         output,
         w.shape[0],
     )
+
+
+def _first(size: int, mesh: DeviceMesh) -> int:
+    """Global index where this rank's shard of a dim begins (torch.chunk's split)."""
+    # Not DTensor's own helper: torch.compile cannot trace that one.
+    return min(size, mesh.get_local_rank() * -(-size // mesh.size()))
 
 
 def reduced_amax(amax: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:

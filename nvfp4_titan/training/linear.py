@@ -69,7 +69,7 @@ def linear(
     """
     recipe = get_recipe(recipe)
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     elif x.dtype != w.dtype:
         raise ConfigError(f"x is {x.dtype} and w is {w.dtype}: cast one, or use torch.autocast")

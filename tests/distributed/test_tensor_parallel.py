@@ -68,6 +68,8 @@ def run(style, fault, folder, rank):
     )
     results = [t.full_tensor() for t in (y, x.grad, w.grad)]
     torch.save((made, [t.detach() for t in results]), f"{folder}/{rank}.pt")
+    if fault is None:
+        check_compiled(x, w, y)
     if style == "colwise" and fault is None:
         uneven = linear(x, place(w.full_tensor().detach()[:33], 0), backend=backend)
         assert uneven.full_tensor().shape == (2, 24, 33)
@@ -75,6 +77,22 @@ def run(style, fault, folder, rank):
             linear(place(inputs()[0], 0), w, backend=backend)
         with pytest.raises(UnsupportedError, match="parallelize the module"):
             linear(inputs()[0], w, backend=backend)
+
+
+def check_compiled(x, w, y):
+    """One graph, the same bits forward, and finite gradients."""
+    backend = BACKENDS["reference"]
+    key = key_tensor(3, "wq")
+
+    def function(x, w):
+        return linear(x, w, backend=backend, key=key)
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    result = compiled(x, w)
+    assert torch.equal(result.to_local(), y.to_local())
+    result.to_local().sum().backward()
+    assert x.grad.to_local().isfinite().all() and w.grad.to_local().isfinite().all()
 
 
 def worker(rank, style, fault, folder):
