@@ -12,5 +12,9 @@ class ConfigError(UserError, ValueError):
     """A setting, rule, shape or file that cannot be used as given."""
 
 
+class DivergedError(UserError, RuntimeError):
+    """Training cannot go on: the loss is NaN or infinite."""
+
+
 class UnsupportedError(UserError, RuntimeError):
     """This machine, or this combination of features, cannot do what was asked."""

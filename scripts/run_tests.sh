@@ -2,7 +2,8 @@
 # Lints and tests. Options go to pytest: scripts/run_tests.sh -k linear
 set -euo pipefail
 EXTRA=dev
-. "$(dirname "$0")/env.sh"
+. "$(dirname "$(readlink -f "$0")")/env.sh"
+cd "$ROOT"
 ruff check .
 ruff format --check .
 lint-imports

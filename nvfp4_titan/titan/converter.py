@@ -31,37 +31,14 @@ class NVFP4Converter(ModelConverter):
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
         self.job_config = job_config
-        # torchtitan shards the experts' own dims over TP unless EP takes the TP ranks.
-        self.experts_sharded = parallel_dims.tp_enabled and not (
-            parallel_dims.ep_enabled and parallel_dims.etp == 1
-        )
         check_settings(job_config)
         self.settings = job_config.nvfp4
-        self.backend = resolve(self.settings.backend)
 
     def convert(self, model: nn.Module) -> None:
         """Convert in place and print the report once."""
-        settings = self.settings
-        self.report = convert(
-            model,
-            recipe=settings.recipe,
-            rules=settings.rules,
-            bf16_first_layers=settings.bf16_first_layers,
-            bf16_last_fraction=settings.bf16_last_fraction,
-            experts=settings.experts,
-            backend=self.backend,
-            seed=settings.seed,
-            rht=settings.rht,
-            sr=settings.sr,
-            weights_2d=settings.weights_2d,
-        )
-        if any(entry.converted and entry.kind == EXPERTS for entry in self.report.entries):
-            if self.experts_sharded:
-                raise UnsupportedError(
-                    "NVFP4 experts cannot be sharded by tensor parallelism yet: use "
-                    "expert_parallel_degree > 1 with expert_tensor_parallel_degree = 1, or "
-                    "nvfp4.experts = false"
-                )
+        self.report = convert_by_settings(model, self.settings)
+        if has_converted_experts(self.report):
+            check_experts(self.report, self.job_config.parallelism)
             align_token_groups()
         if not distributed.is_initialized() or distributed.get_rank() == 0:
             logger.info(f"{self.report}")
@@ -69,6 +46,44 @@ class NVFP4Converter(ModelConverter):
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """Nothing to refresh: weights are quantized where they are used."""
+
+
+def convert_by_settings(model: nn.Module, settings) -> Report:
+    """Convert a model in place as an [nvfp4] section says."""
+    return convert(
+        model,
+        recipe=settings.recipe,
+        rules=settings.rules,
+        bf16_first_layers=settings.bf16_first_layers,
+        bf16_last_fraction=settings.bf16_last_fraction,
+        experts=settings.experts,
+        backend=settings.backend,
+        seed=settings.seed,
+        rht=settings.rht,
+        sr=settings.sr,
+        weights_2d=settings.weights_2d,
+    )
+
+
+def has_converted_experts(report: Report) -> bool:
+    """Whether any routed expert runs quantized."""
+    return any(entry.converted and entry.kind == EXPERTS for entry in report.entries)
+
+
+def check_experts(report: Report, parallelism) -> None:
+    """Check that converted experts are not to be sharded in a way they do not support.
+
+    Raises:
+        UnsupportedError: torchtitan would shard the experts' own dims over TP ranks.
+    """
+    ep_takes_tp = (
+        parallelism.expert_parallel_degree > 1 and parallelism.expert_tensor_parallel_degree == 1
+    )
+    if has_converted_experts(report) and parallelism.tensor_parallel_degree > 1 and not ep_takes_tp:
+        raise UnsupportedError(
+            "NVFP4 experts cannot be sharded by tensor parallelism yet: use expert_parallel_degree "
+            "> 1 with expert_tensor_parallel_degree = 1, or nvfp4.experts = false"
+        )
 
 
 def align_token_groups() -> None:

@@ -28,13 +28,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..errors import ConfigError
 
-VERSION = 1
+VERSION = 2
 """Part of every cache path: raise it when what is written changes."""
 VOCAB_SIZE = 2048
 """Vocabulary of torchtitan's debug models."""
 VALIDATION_SHARE = 1 / 20
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 SPLITS = ("train", "validation")
+MANIFEST = "manifest.json"
+_HASHED_BYTES = 2**20
 
 _TEST_FOLDERS = {"test", "tests", "idle_test", "__pycache__"}
 _STDLIB_EXCLUDES = {"site-packages", "dist-packages"}
@@ -65,8 +67,8 @@ class Corpus:
 
 def cache_root() -> Path:
     """$XDG_CACHE_HOME/nvfp4_titan, or ~/.cache/nvfp4_titan."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "nvfp4_titan"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "nvfp4_titan"
 
 
 def stdlib_roots() -> list[str]:
@@ -90,15 +92,19 @@ def build(name: str, roots: Iterable[str]) -> Corpus:
     Raises:
         ConfigError: a folder is not there, or holds no Python files.
     """
-    roots = sorted(roots)
     for root in roots:
         if not os.path.isdir(root):
-            raise ConfigError(f"dataset folder {root} is not there: give an existing folder")
-    # Name, size and place of every file: a changed tree gets a new corpus.
-    listing = [(str(path), path.stat().st_size) for path in _python_files(name, roots)]
+            what = "is not a folder" if os.path.exists(root) else "is not there"
+            raise ConfigError(f"dataset folder {root!r} {what}: give an existing folder")
+    roots = sorted(os.path.realpath(root) for root in roots)
+    # Place, size and time of every file: a changed tree gets a new corpus.
+    listing = [
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in _python_files(name, roots)
+    ]
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
     target = cache_root() / f"{name}-v{VERSION}-{digest}"
-    _make_once(target, lambda folder: _write_corpus(folder, [path for path, _ in listing], roots))
+    _make_once(target, lambda folder: _write_corpus(folder, [path for path, *_ in listing], roots))
     fields = json.loads((target / "corpus.json").read_text())
     return Corpus(target, **fields)
 
@@ -140,11 +146,15 @@ def _write_corpus(folder: Path, paths: list[str], roots: list[str]) -> None:
             continue
         if text.strip():
             texts[hashlib.sha256(content).hexdigest()] = text
-    if not texts:
-        raise ConfigError(f"no UTF-8 Python files under {', '.join(roots)}: give another folder")
+    if len(texts) < 2:
+        raise ConfigError(
+            f"{len(texts)} UTF-8 Python files under {', '.join(roots)}: training and validation "
+            "need one each; give another folder"
+        )
     order = sorted(texts)
     # The first hex digits of a SHA-256 are uniform: they split, and the sort shuffles.
     held_out = [digest for digest in order if int(digest[-8:], 16) < VALIDATION_SHARE * 16**8]
+    held_out = (held_out or order[:1])[: len(order) - 1]
     chosen = {"validation": held_out, "train": [d for d in order if d not in set(held_out)]}
     for split in SPLITS:
         rows = {"text": [texts[digest] for digest in chosen[split]]}
@@ -174,17 +184,47 @@ def _write_tokenizer(folder: Path, corpus: Corpus) -> None:
 
 
 def _make_once(target: Path, write) -> None:
-    """Have one process of all make a folder; it appears complete or not at all."""
-    if target.is_dir():
+    """Have one process of all make a folder; it appears complete or not at all.
+
+    A folder whose files are not those of its manifest is made again.
+    """
+    if _intact(target):
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if target.is_dir():
-            return
-        _logger.info("Making %s (once)", target)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-        try:
-            write(scratch)
-            scratch.rename(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if _intact(target):
+                return
+            _logger.info("Making %s (once)", target)
+            scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+            try:
+                write(scratch)
+                (scratch / MANIFEST).write_text(json.dumps(_contents(scratch)))
+                shutil.rmtree(target, ignore_errors=True)
+                scratch.rename(target)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cache folder {target.parent} cannot be written ({error.strerror}): set "
+            "XDG_CACHE_HOME to a folder that can"
+        ) from error
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """Every file with its hash, or, where it is large, its size."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            small = path.stat().st_size < _HASHED_BYTES
+            found[str(path.relative_to(folder))] = (
+                file_sha256(path) if small else str(path.stat().st_size)
+            )
+    return found
+
+
+def _intact(folder: Path) -> bool:
+    try:
+        return json.loads((folder / MANIFEST).read_text()) == _contents(folder)
+    except (OSError, ValueError):
+        return False

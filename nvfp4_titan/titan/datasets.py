@@ -22,9 +22,14 @@ def dataset_corpus(dataset: str, path: str | None) -> corpus.Corpus | None:
     name = dataset.lower().removesuffix("_validation")
     if name not in _ROOTS:
         return None
-    if path is None or path == name:
+    if path is None or path == _built_in(name):
         return corpus.build(name, _ROOTS[name]())
     return corpus.build("folder", [os.path.expanduser(path)])
+
+
+def _built_in(name: str) -> str:
+    """What stands for no path of the user's; no folder is called so."""
+    return f"<built-in {name}>"
 
 
 def register() -> None:
@@ -33,7 +38,7 @@ def register() -> None:
         for split, suffix in (("train", ""), ("validation", "_validation")):
             DATASETS[f"{name}{suffix}"] = DatasetConfig(
                 # torchtitan passes dataset_path, or else this.
-                path=name,
+                path=_built_in(name),
                 loader=partial(_load, name, split),
                 sample_processor=_text,
             )
@@ -42,7 +47,7 @@ def register() -> None:
 def _load(name: str, split: str, path: str) -> Dataset:
     made = dataset_corpus(name, path)
     logger.info(
-        f"Corpus {name} {split}: {made.files[split]} files, {made.bytes[split]:,} bytes, "
+        f"Corpus {path} {split}: {made.files[split]} files, {made.bytes[split]:,} bytes, "
         f"sha256 {made.sha256}"
     )
     return made.load(split)

@@ -1,9 +1,9 @@
-"""`python -m nvfp4_titan.train`: torchtitan's trainer on any device, with errors a user can act on.
+"""`python -m nvfp4_titan.train`: torchtitan's trainer on any device, errors a user can act on.
 
-Started by torchrun it is one rank. Started plainly it is the job: one process for NGPU=1 (or
-unset), torchrun's agent with NGPU workers otherwise. What the user can mend
-(nvfp4_titan.errors.UserError) ends in one line and exit status 2; everything else keeps its
-traceback.
+Started by torchrun it is one rank. Started plainly it is the job: settings are checked, then it
+runs in this process for NGPU=1 (or unset), or under torchrun's agent with NGPU workers. What the
+user can mend (nvfp4_titan.errors.UserError) ends in one line and exit status 2; everything else
+keeps its traceback.
 """
 
 import os
@@ -17,21 +17,19 @@ from ..errors import ConfigError, UserError
 from . import cpu_runtime
 
 USAGE_ERROR = 2
+_TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train as torchtitan's command line says; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        workers = _workers(argv)
-        if "RANK" not in os.environ and workers > 1:
-            return _spawn(workers, argv)
-        if "RANK" not in os.environ:
-            os.environ |= _single_process_environment()
+        if not all(name in os.environ for name in _TORCHRUN_VARIABLES):
+            return _start_job(argv)
         train(argv)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # Every rank: under torchrun another rank's exit may end rank 0 before it speaks.
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return USAGE_ERROR
     return 0
 
@@ -49,13 +47,25 @@ def train(argv: list[str]) -> None:
     run(argv)
 
 
-def _workers(argv: list[str]) -> int:
-    text = os.environ.get("NGPU", "1")
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"NGPU={text!r} must be a positive number of processes")
+def _start_job(argv: list[str]) -> int:
+    workers = _workers()
+    cpu_runtime.install()
+    from .trainer import preflight  # imports torchtitan, which must see the CPU runtime
+
     # torchtitan's dry-run modes play all ranks in one process.
-    simulated = any(mode in " ".join(argv) for mode in ("fake_backend", "local_tensor"))
-    return 1 if simulated else int(text)
+    simulated = preflight(argv, workers).comm.mode != "default"
+    if workers > 1 and not simulated:
+        return _spawn(workers, argv)
+    os.environ |= _single_process_environment()
+    train(argv)
+    return 0
+
+
+def _workers() -> int:
+    text = os.environ.get("NGPU", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"NGPU={text!r} must be a positive number of processes")
+    return int(text)
 
 
 def _single_process_environment() -> dict[str, str]:
@@ -65,7 +75,7 @@ def _single_process_environment() -> dict[str, str]:
     return {
         "RANK": "0",
         "LOCAL_RANK": "0",
-        "WORLD_SIZE": os.environ.get("WORLD_SIZE", "1"),
+        "WORLD_SIZE": "1",
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -23,6 +23,12 @@ _COUNTS = "tokens_per_expert"  # torchtitan's name for the buffer of its MoE
 PACKAGES = ("torch", "torchtitan", "torchao", "triton", "datasets", "tokenizers")
 
 
+def clear(job_config) -> None:
+    """Remove the files of an earlier run in the same dump folder, which may not fit this one."""
+    for name in (FILE, CONVERSION_FILE, EXPERTS_FILE):
+        Path(job_config.job.dump_folder, name).unlink(missing_ok=True)
+
+
 def write(job_config) -> Path:
     """Write `run_record.json` into the job's dump folder.
 

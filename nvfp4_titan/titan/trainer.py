@@ -1,42 +1,81 @@
 """torchtitan's Trainer on any device: early checks, what the CPU needs, the run's record."""
 
+import copy
 import os
+import pickle
 from pathlib import Path
 
 import tomli
+import torch
 from torch import distributed
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.hf_datasets.text_datasets import DATASETS
-from torchtitan.protocols.model_converter import _registry_model_converter_cls as CONVERTERS
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.train import Trainer
 from torchtitan.train import main as torchtitan_main
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DivergedError
 from . import cpu_runtime, record
-from .converter import check_settings
-from .datasets import dataset_corpus
+from .checks import check
+from .converter import check_experts, convert_by_settings
 
 CONFIG_MODULE = "nvfp4_titan.titan.job_config"
+_CONFIG_FILE_KEYS = ("--job.config_file", "--job.config-file")
 
 
 class NVFP4Trainer(Trainer):
-    """torchtitan's Trainer that checks its settings first and leaves a record of its run."""
+    """torchtitan's Trainer that leaves a record of its run and stops when the loss is NaN."""
 
     def __init__(self, job_config: JobConfig):
-        # `--model.converters ""` is how a command line spells a TOML's empty list.
-        job_config.model.converters = [name for name in job_config.model.converters if name]
-        check(job_config)
+        _normalize(job_config)
+        check(job_config, _world_size(job_config, int(os.environ["WORLD_SIZE"])))
+        if os.environ["RANK"] == "0":
+            record.clear(job_config)
         super().__init__(job_config)
         cpu_runtime.prepare_trainer(self.model_parts)
         if distributed.get_rank() == 0:
             record.write(job_config)
 
     def train(self) -> None:
-        """Train; afterwards record how the tokens spread over experts."""
-        super().train()
+        """Train; afterwards record how the tokens spread over experts.
+
+        Raises:
+            ConfigError: the checkpoint to resume from cannot be read.
+        """
+        folder = Path(self.job_config.job.dump_folder, self.job_config.checkpoint.folder)
+        try:
+            super().train()
+        except (CheckpointException, EOFError, pickle.UnpicklingError) as error:
+            raise ConfigError(
+                f"a checkpoint in {folder} cannot be read ({_first_line(error)}): delete the "
+                "newest step's folder to resume from the one before"
+            ) from error
         if distributed.get_rank() == 0:
             record.write_tokens_per_expert(self.job_config, self.model_parts)
+
+    def forward_backward_step(self, **kwargs) -> torch.Tensor:
+        """As torchtitan's; keeps the loss for `train_step`."""
+        self.last_loss = super().forward_backward_step(**kwargs)
+        return self.last_loss
+
+    def train_step(self, data_iterator) -> None:
+        """As torchtitan's; stops before a NaN is saved.
+
+        Raises:
+            DivergedError: the loss is NaN or infinite on a step that is logged or saved.
+        """
+        super().train_step(data_iterator)
+        checkpoint = self.job_config.checkpoint
+        saves = checkpoint.enable and self.step % checkpoint.interval == 0
+        last = self.step == self.job_config.training.steps
+        # Reading the loss waits for the device: only where torchtitan waits anyway.
+        if (saves or last or self.metrics_processor.should_log(self.step)) and not bool(
+            torch.isfinite(self.last_loss).all()
+        ):
+            raise DivergedError(
+                f"the loss is not finite at step {self.step}: lower optimizer.lr or raise "
+                "lr_scheduler.warmup_steps, and resume from the last checkpoint"
+            )
 
 
 def run(argv: list[str]) -> None:
@@ -46,88 +85,91 @@ def run(argv: list[str]) -> None:
         argv: torchtitan's options. The config module of nvfp4_titan is added where none is named.
 
     Raises:
+        UserError: settings that cannot be used, or a loss that is NaN.
+    """
+    # torchtitan's main() takes the command line; ConfigManager binds it when it is defined.
+    ConfigManager.parse_args.__defaults__ = (_complete(argv),)
+    torchtitan_main(NVFP4Trainer)
+
+
+def preflight(argv: list[str], world_size: int) -> JobConfig:
+    """Parse and check a job before any process of it starts; convert its model on meta.
+
+    Args:
+        argv: torchtitan's options.
+        world_size: Processes the job will have, unless torchtitan simulates them.
+
+    Returns:
+        The parsed settings.
+
+    Raises:
         UserError: settings that cannot be used.
     """
-    toml = _load_toml(argv)
-    named = toml.get("job", {}).get("custom_config_module")
-    if not named and not any("custom_config_module" in a.replace("-", "_") for a in argv):
-        argv = [*argv, f"--job.custom_config_module={CONFIG_MODULE}"]
-    _check_fields(argv)
-    # torchtitan's main() reads sys.argv; ConfigManager binds it when it is defined.
-    ConfigManager.parse_args.__defaults__ = (argv,)
-    torchtitan_main(NVFP4Trainer)
+    job_config = parse(argv)
+    check(job_config, _world_size(job_config, world_size))
+    if "nvfp4" in job_config.model.converters:
+        spec = get_train_spec(job_config.model.name)
+        args = copy.deepcopy(spec.model_args[job_config.model.flavor])
+        args.update_from_config(job_config)
+        with torch.device("meta"):
+            model = spec.model_cls(args)
+        check_experts(convert_by_settings(model, job_config.nvfp4), job_config.parallelism)
+    return job_config
+
+
+def _world_size(job_config: JobConfig, processes: int) -> int:
+    """Ranks of a job; torchtitan's dry-run modes play NGPU of them in one process."""
+    simulated = job_config.comm.mode != "default"
+    return int(os.environ.get("NGPU", "1")) if simulated else processes
+
+
+def parse(argv: list[str]) -> JobConfig:
+    """Settings of a job from its options and TOML.
+
+    Raises:
+        ConfigError: an unreadable TOML, an unknown key, a config module that is not there.
+    """
+    try:
+        job_config = ConfigManager().parse_args(_complete(argv))
+    except (ValueError, ImportError, AttributeError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    _normalize(job_config)
+    return job_config
+
+
+def _normalize(job_config: JobConfig) -> None:
+    # `--model.converters ""` is how a command line spells a TOML's empty list.
+    if isinstance(job_config.model.converters, list):
+        job_config.model.converters = [name for name in job_config.model.converters if name]
+
+
+def _complete(argv: list[str]) -> list[str]:
+    """The options, with our config module where neither they nor the TOML name one."""
+    job = _load_toml(argv).get("job", {})
+    if not isinstance(job, dict):
+        raise ConfigError(f"job = {job!r} must be a section: [job]")
+    in_argv = any("custom_config_module" in option.replace("-", "_") for option in argv)
+    if job.get("custom_config_module") or in_argv:
+        return argv
+    return [*argv, f"--job.custom_config_module={CONFIG_MODULE}"]
 
 
 def _load_toml(argv: list[str]) -> dict:
     """The job's TOML, {} where none is named."""
-    keys = ("--job.config_file", "--job.config-file")
     path = None
     for i, arg in enumerate(argv):
         key, equals, value = arg.partition("=")
-        if key in keys:
+        if key in _CONFIG_FILE_KEYS:
             path = value if equals else next(iter(argv[i + 1 :]), "")
     if path is None:
         return {}
     if not os.path.isfile(path):
         raise ConfigError(f"config file {path} is not there: see train_configs/ for examples")
     try:
-        return tomli.loads(Path(path).read_text())
-    except tomli.TOMLDecodeError as error:
+        return tomli.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} is not valid TOML: {error}") from error
 
 
-def _check_fields(argv: list[str]) -> None:
-    """Have torchtitan parse the settings once, to name an unknown key in one line."""
-    try:
-        ConfigManager().parse_args(argv)
-    except ValueError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-
-
-def check(job_config: JobConfig) -> None:
-    """Settings that torchtitan would only trip over later, or with a KeyError.
-
-    Raises:
-        ConfigError: unknown model, flavor, converter or dataset; a folder that is not there.
-    """
-    model = job_config.model
-    try:
-        flavors = get_train_spec(model.name).model_args
-    except ValueError as error:
-        raise ConfigError(f"model.name {model.name!r} is unknown: {error}") from error
-    if model.flavor not in flavors:
-        raise ConfigError(
-            f"model.flavor {model.flavor!r} is unknown for {model.name}: use one of "
-            f"{', '.join(flavors)}"
-        )
-    for name in model.converters:
-        if name not in CONVERTERS:
-            raise ConfigError(f"converter {name!r} is unknown: use one of {', '.join(CONVERTERS)}")
-    if not os.path.isdir(model.hf_assets_path):
-        raise ConfigError(
-            f"model.hf_assets_path {model.hf_assets_path} is not there: give the folder of a "
-            f"tokenizer, or leave the key out for the built-in one"
-        )
-    if "nvfp4" in model.converters:
-        check_settings(job_config)
-    _check_dataset("training", job_config.training)
-    if job_config.validation.enable:
-        _check_dataset("validation", job_config.validation)
-
-
-def _check_dataset(section: str, settings) -> None:
-    name, path = settings.dataset.lower(), settings.dataset_path
-    if name not in DATASETS:
-        raise ConfigError(
-            f"{section}.dataset {name!r} is unknown: use one of {', '.join(DATASETS)}"
-        )
-    if dataset_corpus(name, path) is not None:
-        return  # built, or its own error raised
-    # Hugging Face hub names ("allenai/c4") are not folders; every other path is.
-    place = path or DATASETS[name].path
-    on_hub = place.count("/") == 1 and not place.startswith((".", "/", "~"))
-    if not on_hub and not os.path.exists(place):
-        raise ConfigError(
-            f"{section}.dataset_path {place} is not there: give an existing folder, or use "
-            f"{section}.dataset = 'stdlib'"
-        )
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

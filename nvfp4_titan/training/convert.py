@@ -80,6 +80,8 @@ def convert(
             a model that was converted before, or one that is itself a linear.
         UnsupportedError: the backend cannot run here.
     """
+    if isinstance(rules, str):
+        raise ConfigError(f"rules = {rules!r} must be a list of 'glob=recipe' strings")
     backend = resolve(backend) if isinstance(backend, str) else backend
     selection = Selection(
         get_recipe(recipe),
@@ -102,7 +104,11 @@ def convert(
     choices = [_choose(selection, site, blocks, experts) for site in sites]
     report = Report(tuple(site.entry(c) for site, c in zip(sites, choices, strict=True)))
     if selection.recipe.quantized and not report.converted:
-        raise ConfigError(f"nothing to convert: loosen the rules, or drop the converter\n{report}")
+        reasons = ", ".join(sorted({entry.reason for entry in report.entries}))
+        raise ConfigError(
+            f"nothing to convert: all {len(report.entries)} linears and expert weights stay in "
+            f"high precision ({reasons or 'there are none'}): loosen these, or drop the converter"
+        )
     _swap(sites, choices, backend, seed)
     return report
 

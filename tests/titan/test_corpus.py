@@ -78,12 +78,52 @@ def test_an_interrupted_build_leaves_nothing(sources, monkeypatch):
     assert corpus.build("folder", [str(sources)]).files["train"] > 0
 
 
+@pytest.mark.parametrize("damage", ["corpus.json", "manifest.json", "train"])
+def test_a_damaged_corpus_is_made_again(sources, damage):
+    made = corpus.build("folder", [str(sources)])
+    target = made.path / damage
+    if target.is_dir():
+        arrow = next(target.glob("*.arrow"))
+        arrow.write_bytes(arrow.read_bytes()[:64])
+    else:
+        target.write_text("")
+    assert corpus.build("folder", [str(sources)]) == made
+    assert len(made.load("train")) == made.files["train"]
+
+
+def test_same_names_and_sizes_elsewhere_are_another_corpus(sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(sources)
+    first = corpus.build("folder", ["pkg"])
+    other = tmp_path / "other"
+    (other / "pkg").mkdir(parents=True)
+    for i in range(57):
+        (other / "pkg" / f"m{i}.py").write_text(f"y = {i}\n")
+    monkeypatch.chdir(other)
+    assert corpus.build("folder", ["pkg"]).sha256 != first.sha256
+
+
+def test_two_files_are_enough_and_one_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "few"
+    folder.mkdir()
+    (folder / "a.py").write_text("a = 1\n")
+    with pytest.raises(ConfigError, match="one each"):
+        corpus.build("folder", [str(folder)])
+    (folder / "b.py").write_text("b = 1\n")
+    assert corpus.build("folder", [str(folder)]).files == {"train": 1, "validation": 1}
+
+
 def test_errors(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(ConfigError, match="is not there"):
         corpus.build("folder", [str(tmp_path / "nowhere")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="no UTF-8 Python files"):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="set XDG_CACHE_HOME"):
+        corpus.build("stdlib", corpus.stdlib_roots())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match="0 UTF-8 Python files"):
         corpus.build("folder", [str(tmp_path / "empty")])
 
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from nvfp4_titan.errors import UserError
+
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CONFIG = os.path.join(ROOT, "train_configs", "llama3_debug.toml")
 
@@ -24,19 +26,11 @@ def launch(*argv, ngpu="1", config=CONFIG, cwd=None):
 CASES = {
     "unknown recipe": (["--nvfp4.recipe=nvfp5"], "use one of nvfp4, bf16"),
     "rule that matches nothing": (["--nvfp4.rules=layers.*.w9=bf16"], "matches no linear"),
-    "malformed rule": (["--nvfp4.rules=layers.0"], "glob=recipe"),
     "everything filtered away": (["--nvfp4.rules=*=bf16"], "nothing to convert"),
     "backend that this machine lacks": (["--nvfp4.backend=native"], "use backend = 'reference'"),
     "folder that is not there": (["--training.dataset_path=/nowhere"], "is not there"),
-    "c4_test without its folder": (["--training.dataset=c4_test"], "is not there"),
-    "unknown dataset": (["--training.dataset=c5"], "use one of c4"),
-    "unknown converter": (["--model.converters=nvfp5"], "use one of"),
-    "unknown flavor": (["--model.flavor=9B"], "use one of debugmodel"),
-    "unknown model": (["--model.name=llama9"], "is unknown"),
-    "tokenizer that is not there": (["--model.hf_assets_path=/nowhere"], "is not there"),
-    "reserved setting": (["--nvfp4.fp4_all_gather"], "leave it at False"),
-    "not a number": (["--training.steps=1x"], "1x"),
 }
+"""Through a process of their own: exit status and output."""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -44,18 +38,84 @@ def test_one_line_and_status_two(case, tmp_path):
     argv, fragment = CASES[case]
     done = launch(*argv, cwd=tmp_path)
     assert done.returncode == 2, done.stderr[-2000:]
-    assert fragment in done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert fragment in line
     assert "Traceback" not in done.stderr + done.stdout
     assert not list(tmp_path.glob("outputs/**/run_record.json"))
 
 
-def test_unknown_key(tmp_path):
+CHECKED = {
+    "malformed rule": (["--nvfp4.rules=layers.0"], "glob=recipe"),
+    "all blocks in bf16": (["--nvfp4.bf16_last_fraction=1"], "bf16_last_fraction"),
+    "c4_test without its folder": (["--training.dataset=c4_test"], "is not there"),
+    "dataset path that is a file": ([f"--training.dataset_path={__file__}"], "is not a folder"),
+    "unknown dataset": (["--training.dataset=c5"], "use one of c4"),
+    "unknown converter": (["--model.converters=nvfp5"], "use one of"),
+    "unknown flavor": (["--model.flavor=9B"], "use one of debugmodel"),
+    "unknown model": (["--model.name=llama9"], "is unknown"),
+    "tokenizer that is not there": (["--model.hf_assets_path=/nowhere"], "is not there"),
+    "reserved setting": (["--nvfp4.fp4_all_gather"], "leave it at False"),
+    "seq_len that is zero": (["--training.seq_len=0"], "must be positive"),
+    "odd seq_len": (["--training.seq_len=37"], "multiple of 2"),
+    "validation longer than training": (["--training.seq_len=64"], "validation.seq_len"),
+    "batch that does not divide": (["--training.global_batch_size=6"], "multiple of"),
+    "more ranks than processes": (["--parallelism.data_parallel_shard_degree=3"], "change NGPU"),
+    "tensor parallel on one": (["--parallelism.tensor_parallel_degree=2"], "change NGPU"),
+    "no room for EP": (["--parallelism.expert_parallel_degree=2"], "does not divide"),
+    "dump folder under a file": ([f"--job.dump_folder={__file__}/x"], "cannot be made"),
+    "experts under TP": (
+        [
+            "--model.name=deepseek_v3",
+            "--parallelism.tensor_parallel_degree=2",
+            "--training.global_batch_size=4",
+        ],
+        "sharded by tensor parallelism",
+    ),
+}
+"""Through the same check, in this process."""
+
+
+@pytest.mark.parametrize("case", CHECKED)
+def test_checked_before_anything_starts(case, tmp_path, monkeypatch):
+    from nvfp4_titan.titan.trainer import preflight
+
+    monkeypatch.chdir(tmp_path)
+    argv, fragment = CHECKED[case]
+    world_size = 2 if case == "experts under TP" else 1
+    with pytest.raises(UserError, match=fragment):
+        preflight([f"--job.config_file={CONFIG}", *argv], world_size)
+
+
+TOML_CASES = {
+    'recipe = "nvfp4" ': {
+        'recipee = "nvfp4" ': "recipee",
+        'experts = "no"\nrecipe = "nvfp4" ': "nvfp4.experts = 'no' must be true or false",
+    },
+    "bf16_first_layers = 0 ": {'bf16_first_layers = "two" ': "must be an integer"},
+    "rules = [] ": {
+        'rules = "layers.*=bf16" ': "list of strings",
+        "rules = [1] ": "list of strings",
+    },
+    "[job]": {"job = 3\n[other]": "must be a section"},
+    'custom_config_module = "nvfp4_titan': {'custom_config_module = "nvfp5_titan': "nvfp5_titan"},
+}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fragment"),
+    [(old, new, text) for old, cases in TOML_CASES.items() for new, text in cases.items()],
+)
+def test_toml_of_wrong_keys_and_types(old, new, fragment, tmp_path, monkeypatch):
+    from nvfp4_titan.titan.trainer import preflight
+
+    text = open(CONFIG).read()
+    assert old in text
     config = tmp_path / "bad.toml"
-    text = open(CONFIG).read().replace('recipe = "nvfp4" ', 'recipee = "nvfp4" ')
-    config.write_text(text)
-    done = launch(config=str(config), cwd=tmp_path)
-    assert done.returncode == 2 and "recipee" in done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
+    config.write_text(text.replace(old, new))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=fragment) as caught:
+        preflight([f"--job.config_file={config}"], 1)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [None, "not toml"])
@@ -69,8 +129,9 @@ def test_bad_config_file(tmp_path, content):
 
 
 def test_several_workers_agree_on_the_status(tmp_path):
-    done = launch("--nvfp4.recipe=nvfp5", ngpu="2", cwd=tmp_path)
-    assert done.returncode == 2 and "use one of nvfp4, bf16" in done.stdout + done.stderr
+    done = launch("--nvfp4.rules=layers.9.*=bf16", ngpu="2", cwd=tmp_path)
+    assert done.returncode == 2 and "matches no linear" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
     assert "NGPU" in launch(ngpu="x", cwd=tmp_path).stderr
 
 

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from nvfp4_titan.errors import ConfigError, DivergedError
+
 DEBUG = (
     "--model.name=llama3",
     "--model.flavor=debugmodel",
@@ -62,3 +64,20 @@ def test_validation_and_record(train, single_rank):
     assert record["config"]["nvfp4"]["recipe"] == "nvfp4"
     entries = json.loads((single_rank / "out" / "conversion.json").read_text())["entries"]
     assert {e["recipe"] for e in entries if e["converted"]} == {"nvfp4"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train, single_rank):
+    with pytest.raises(DivergedError, match="lower optimizer.lr"):
+        train(*DEBUG, "--model.converters=nvfp4", "--training.steps=9", "--optimizer.lr=1e30")
+
+
+def test_a_broken_checkpoint_names_the_fix(train, single_rank):
+    argv = (
+        *DEBUG, "--model.converters=nvfp4", "--checkpoint.enable", "--checkpoint.interval=1",
+        "--checkpoint.no-last-save-model-only",
+    )  # fmt: skip
+    train(*argv, "--training.steps=1")
+    for file in (single_rank / "out" / "checkpoint" / "step-1").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ConfigError, match="delete the newest step"):
+        train(*argv, "--training.steps=2")

@@ -1,0 +1,181 @@
+"""Checks of a job's settings that torchtitan makes late, as an assertion, or not at all."""
+
+import os
+from dataclasses import fields, is_dataclass
+
+from tokenizers import Tokenizer
+from torchtitan.config import JobConfig
+from torchtitan.hf_datasets.text_datasets import DATASETS
+from torchtitan.protocols.model_converter import _registry_model_converter_cls as CONVERTERS
+from torchtitan.protocols.train_spec import get_train_spec
+
+from ..errors import ConfigError, UnsupportedError
+from . import cpu_runtime
+from .converter import check_settings
+from .datasets import dataset_corpus
+
+
+def check(job_config: JobConfig, world_size: int) -> None:
+    """Check what can be known from settings, files and the number of processes.
+
+    Args:
+        job_config: torchtitan's JobConfig.
+        world_size: Processes of the job.
+
+    Raises:
+        ConfigError: a setting or a folder that cannot be used; the message names the fix.
+        UnsupportedError: something this machine cannot do.
+    """
+    _check_types(job_config)
+    _check_model(job_config.model)
+    _check_parallelism(job_config, world_size)
+    _check_sizes(job_config)
+    _check_tokenizer(job_config.model)
+    if "nvfp4" in job_config.model.converters:
+        check_settings(job_config)
+    _check_dataset("training", job_config.training)
+    if job_config.validation.enable:
+        _check_dataset("validation", job_config.validation)
+    _check_folder(job_config.job.dump_folder)
+
+
+_TYPES = {
+    bool: ("true or false", lambda v: isinstance(v, bool)),
+    int: ("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool)),
+    float: ("a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool)),
+    str: ("a string", lambda v: isinstance(v, str)),
+    list[str]: (
+        'a list of strings, ["a", "b"]',
+        lambda v: isinstance(v, list) and all(isinstance(item, str) for item in v),
+    ),
+}
+
+
+def _check_types(section, path: str = "") -> None:
+    """Check plain types: torchtitan takes a TOML's values as they come, "no" as true."""
+    for field in fields(section):
+        value, name = getattr(section, field.name), f"{path}{field.name}"
+        if is_dataclass(field.type):
+            if not is_dataclass(value):
+                raise ConfigError(f"{name} = {value!r} must be a section: [{name}]")
+            _check_types(value, f"{name}.")
+        elif field.type in _TYPES:
+            wanted, fits = _TYPES[field.type]
+            if not fits(value):
+                raise ConfigError(f"{name} = {value!r} must be {wanted}")
+
+
+def _check_model(model) -> None:
+    try:
+        flavors = get_train_spec(model.name).model_args
+    except ValueError as error:
+        raise ConfigError(f"model.name {model.name!r} is unknown: {error}") from error
+    if model.flavor not in flavors:
+        raise ConfigError(
+            f"model.flavor {model.flavor!r} is unknown for {model.name}: use one of "
+            f"{', '.join(flavors)}"
+        )
+    for name in model.converters:
+        if name not in CONVERTERS:
+            raise ConfigError(f"converter {name!r} is unknown: use one of {', '.join(CONVERTERS)}")
+
+
+def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
+    p = job_config.parallelism
+    degrees = {
+        "data_parallel_replicate_degree": p.data_parallel_replicate_degree,
+        "tensor_parallel_degree": p.tensor_parallel_degree,
+        "context_parallel_degree": p.context_parallel_degree,
+        "pipeline_parallel_degree": p.pipeline_parallel_degree,
+    }
+    others = 1
+    for degree in degrees.values():
+        others *= degree
+    shard = p.data_parallel_shard_degree
+    if shard == -1 and others >= 1 and world_size % others == 0:
+        shard = world_size // others
+    if min(degrees.values()) < 1 or shard < 1 or others * shard != world_size:
+        given = ", ".join(f"{name} = {degree}" for name, degree in degrees.items())
+        raise ConfigError(
+            f"the job has {world_size} processes, but {given}, data_parallel_shard_degree = "
+            f"{p.data_parallel_shard_degree} need {others * shard}: change NGPU or the degrees"
+        )
+    experts = p.expert_parallel_degree * p.expert_tensor_parallel_degree
+    ranks = shard * p.context_parallel_degree * p.tensor_parallel_degree
+    if p.expert_parallel_degree > 1 and ranks % experts:
+        raise ConfigError(
+            f"expert_parallel_degree = {p.expert_parallel_degree} does not divide the {ranks} "
+            "ranks of data, context and tensor parallelism: change NGPU or the degree"
+        )
+    if p.context_parallel_degree > 1 and cpu_runtime.active():
+        raise UnsupportedError(
+            "context parallelism needs a GPU (DTensor has no rule for the CPU's attention): set "
+            "parallelism.context_parallel_degree = 1"
+        )
+
+
+def _check_sizes(job_config: JobConfig) -> None:
+    training, p = job_config.training, job_config.parallelism
+    for name in ("seq_len", "local_batch_size", "steps"):
+        if getattr(training, name) < 1:
+            raise ConfigError(f"training.{name} = {getattr(training, name)} must be positive")
+    divisor = 2 * p.tensor_parallel_degree * p.context_parallel_degree
+    if training.seq_len % divisor:
+        raise ConfigError(
+            f"training.seq_len = {training.seq_len} must be a multiple of {divisor} (2 x TP x CP)"
+        )
+    if training.global_batch_size > 0 and training.global_batch_size % training.local_batch_size:
+        raise ConfigError(
+            f"training.global_batch_size = {training.global_batch_size} must be a multiple of "
+            f"local_batch_size = {training.local_batch_size}"
+        )
+    validation = job_config.validation
+    if validation.enable and validation.seq_len > training.seq_len:
+        raise ConfigError(
+            f"validation.seq_len = {validation.seq_len} is longer than training.seq_len = "
+            f"{training.seq_len}, which the model's positions are made for: set it to that at most"
+        )
+
+
+def _check_tokenizer(model) -> None:
+    path = model.hf_assets_path
+    if not os.path.isdir(path):
+        raise ConfigError(
+            f"model.hf_assets_path {path} is not there: give the folder of a tokenizer, or leave "
+            "the key out for the built-in one"
+        )
+    file = os.path.join(path, "tokenizer.json")
+    if not os.path.isfile(file):
+        return  # torchtitan knows other kinds of files
+    vocabulary = getattr(get_train_spec(model.name).model_args[model.flavor], "vocab_size", None)
+    size = Tokenizer.from_file(file).get_vocab_size()
+    if vocabulary is not None and size > vocabulary:
+        raise ConfigError(
+            f"the tokenizer in {path} has {size} tokens, {model.name} {model.flavor} only "
+            f"{vocabulary}: use another model.flavor or model.hf_assets_path"
+        )
+
+
+def _check_dataset(section: str, settings) -> None:
+    name, path = settings.dataset.lower(), settings.dataset_path
+    if name not in DATASETS:
+        raise ConfigError(
+            f"{section}.dataset {name!r} is unknown: use one of {', '.join(DATASETS)}"
+        )
+    if dataset_corpus(name, path) is not None:
+        return  # built, or its own error raised
+    # Hugging Face hub names ("allenai/c4") are not folders; every other path is.
+    place = path or DATASETS[name].path
+    on_hub = place.count("/") == 1 and not place.startswith((".", "/", "~"))
+    if not on_hub and not os.path.exists(place):
+        raise ConfigError(
+            f"{section}.dataset_path {place} is not there: give an existing folder, or use "
+            f"{section}.dataset = 'stdlib'"
+        )
+
+
+def _check_folder(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"job.dump_folder {folder} cannot be made: {error.strerror}") from error
