@@ -26,21 +26,25 @@ def active() -> bool:
 
 
 def install() -> None:
-    """Make torchtitan see a CPU device; call before torchtitan is imported.
+    """Make torchtitan see a CPU device; call before torchtitan is imported, once or more.
 
     Raises:
         UnsupportedError: torchtitan was imported already.
     """
-    if not active():
+    if not active() or torch._utils._get_available_device_type is _cpu_type:
         return
     if "torchtitan.tools.utils" in sys.modules:
         raise UnsupportedError(
             "torchtitan was imported before the CPU runtime: start with python -m nvfp4_titan.train"
         )
-    torch._utils._get_available_device_type = lambda: "cpu"
+    torch._utils._get_available_device_type = _cpu_type
     for name, function in _CPU_DEVICE_MODULE.items():
         setattr(torch.cpu, name, function)
     torch.histc = _integer_histc(torch.histc)
+
+
+def _cpu_type() -> str:
+    return "cpu"
 
 
 def _integer_histc(histc):
@@ -52,6 +56,16 @@ def _integer_histc(histc):
         return histc(values.to(torch.float32), bins, min, max).to(values.dtype)
 
     return counted
+
+
+def _device_name(device=None) -> str:
+    """The processor's name and the number of cores this process may use."""
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            named = (line.partition(":")[2] for line in lines if line.startswith("model name"))
+            name = next(named, name).strip()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def _total_memory() -> int:
@@ -66,7 +80,7 @@ def _memory_stats(device=None) -> dict[str, int]:
 
 
 _CPU_DEVICE_MODULE = {
-    "get_device_name": lambda device=None: platform.processor() or platform.machine() or "cpu",
+    "get_device_name": _device_name,
     "get_device_properties": lambda device=None: SimpleNamespace(total_memory=_total_memory()),
     "current_device": lambda: 0,
     "reset_peak_memory_stats": lambda device=None: None,
