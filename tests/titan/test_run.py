@@ -81,3 +81,17 @@ def test_a_broken_checkpoint_names_the_fix(train, single_rank):
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ConfigError, match="delete the newest step"):
         train(*argv, "--training.steps=2")
+
+
+def test_a_local_folder_works_as_in_torchtitan(train, single_rank):
+    folder = single_rank / "texts"
+    folder.mkdir()
+    rows = [
+        json.dumps({"text": f"line {i} of a text that repeats itself. " * 20}) for i in range(50)
+    ]
+    (folder / "data.json").write_text("\n".join(rows))
+    losses = train(
+        *DEBUG, "--model.converters=nvfp4", "--training.steps=2", "--training.dataset=c4_test",
+        f"--training.dataset_path={folder}",
+    )  # fmt: skip
+    assert list(losses) == [1, 2]
