@@ -5,7 +5,7 @@ are the same. On a GPU nothing may wait for `offs`: every expert multiplies all 
 own, E times the work. That is for checking faster backends, not for training.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -29,17 +29,11 @@ def quantize_tokens_op(
     if offs.device.type == "cpu":
         _check_offs(offs, t.shape[0])
     layout = group_layout(offs, t.shape[0])
-    amaxes = t.new_zeros((2, groups), dtype=torch.float32)
-    results = []
-    for i, spec in enumerate((rows, cols)):
-        if not spec:
-            results += no_operand(t)
-            continue
-        fmt = OperandFormat.parse(spec)
-        bits = int(key) if fmt.rounding == "sr" else 0
-        *operand, amaxes[i] = quantize_tokens(t, layout, groups, fmt, bits, streams[i], i == 1)
-        results += operand
-    return (*results, amaxes)
+
+    def quantize(fmt, bits, stream, transpose):
+        return quantize_tokens(t, layout, groups, fmt, bits, stream, transpose)
+
+    return _both_uses(t, groups, (rows, cols), streams, key, quantize)
 
 
 @quantize_tokens_op.register_fake
@@ -55,17 +49,11 @@ def quantize_experts_op(
     w: torch.Tensor, rows: str, cols: str, streams: list[int], key: torch.Tensor | None
 ) -> FIVE_TENSORS:
     """Quantize w (E, N, K) expert by expert, along K (rows) and along N (cols)."""
-    amaxes = w.new_zeros((2, w.shape[0]), dtype=torch.float32)
-    results = []
-    for i, spec in enumerate((rows, cols)):
-        if not spec:
-            results += no_operand(w)
-            continue
-        fmt = OperandFormat.parse(spec)
-        bits = int(key) if fmt.rounding == "sr" else 0
-        *operand, amaxes[i] = quantize_experts(w, fmt, bits, streams[i], i == 1)
-        results += operand
-    return (*results, amaxes)
+
+    def quantize(fmt, bits, stream, transpose):
+        return quantize_experts(w, fmt, bits, stream, transpose)
+
+    return _both_uses(w, w.shape[0], (rows, cols), streams, key, quantize)
 
 
 @quantize_experts_op.register_fake
@@ -147,6 +135,37 @@ def grouped_wgrad(
 def _(dy_codes, dy_scale, dy_amax, x_codes, x_scale, x_amax, offs, out_dtype):
     shape = (offs.shape[0], dy_codes.shape[0], x_codes.shape[0])
     return dy_codes.new_empty(shape, dtype=out_dtype)
+
+
+def _both_uses(
+    t: torch.Tensor,
+    groups: int,
+    specs: tuple[str, str],
+    streams: list[int],
+    key: torch.Tensor | None,
+    quantize: Callable,
+) -> FIVE_TENSORS:
+    """Codes and scales of the two uses of t and their amaxes (2, E).
+
+    Args:
+        t: Tensor that is quantized.
+        groups: E.
+        specs: Formats of the row and the column use.
+        streams: SR streams of the two.
+        key: SR key.
+        quantize: (format, key, stream, transpose) -> (codes, scale, amax (E,)).
+    """
+    amaxes = t.new_zeros((2, groups), dtype=torch.float32)
+    results = []
+    for i, spec in enumerate(specs):
+        if not spec:
+            results += no_operand(t)
+            continue
+        fmt = OperandFormat.parse(spec)
+        bits = int(key) if fmt.rounding == "sr" else 0
+        *operand, amaxes[i] = quantize(fmt, bits, streams[i], i == 1)
+        results += operand
+    return (*results, amaxes)
 
 
 def _check_offs(offs: torch.Tensor, rows: int) -> None:
