@@ -1,11 +1,14 @@
 """What several tests measure with."""
 
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from nvfp4_titan.backends import BACKENDS, Backend
 
 GOLDEN = Path(__file__).parent / "golden" / "te_nvfp4.npz"
 
@@ -68,3 +71,24 @@ def saved_tensors(y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         node = node.next_functions[0][0]
     # (offs, key, x's codes, scale, amax, w's codes, scale, amax)
     return node.saved_tensors
+
+
+def recording(fault: str | None = None) -> tuple[Backend, list[list]]:
+    """The reference backend, and a list of the operands that it makes.
+
+    Args:
+        fault: None, "no reduction" (every shard uses its own amax) or "noise tied to a rank" (SR
+            counts from the shard's own start).
+    """
+    reference, made = BACKENDS["reference"], []
+
+    def quantize(t, rows, cols, key=None, offs=None, amax=None, offset=(0, 0)):
+        if fault == "no reduction":
+            amax = None
+        if fault == "noise tied to a rank" and amax is not None:
+            offset = (0, 0)
+        operands = reference.quantize(t, rows, cols, key, offs, amax, offset)
+        made.append([o and (o.codes, o.block_scale.view(torch.uint8), o.amax) for o in operands])
+        return operands
+
+    return replace(reference, quantize=quantize), made

@@ -67,8 +67,10 @@ class Quantize(Protocol):
             cols: Use of t.T, with the contraction along the dim before, or None.
             key: int64 CPU scalar, the layer's SR key.
             offs: Group ends, for grouped activations and gradients.
-            amax: None, or fp32 (2,): amaxes of the two uses, reduced over ranks that share t.
-            offset: Global (row, column) of t's first element, where t is a shard.
+            amax: None, or fp32 amaxes of the two uses, reduced over ranks that share t: (2,), or
+                (2, E) where t is grouped.
+            offset: Global (row, column) of t's first element (of each expert's), where t is a
+                shard.
         """
 
 
@@ -76,9 +78,13 @@ class Amax(Protocol):
     """Amaxes alone, to be reduced over ranks before `Quantize`."""
 
     def __call__(
-        self, t: torch.Tensor, rows: OperandUse | None, cols: OperandUse | None
+        self,
+        t: torch.Tensor,
+        rows: OperandUse | None,
+        cols: OperandUse | None,
+        offs: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """fp32 (2,): amaxes of t (M, K) for the two uses, 0 where a use is None."""
+        """fp32 (2,), or (2, E) where t is grouped: amaxes of the two uses, 0 for a use of None."""
 
 
 class MatMul(Protocol):

@@ -29,10 +29,9 @@ def _quantize(
     key = key if keyed else None
     sizes = t.shape[-1], t.shape[-2]
     if t.dim() == 3:
-        assert amax is None and offset == (0, 0), "expert weights are never shards of a matrix"
-        outputs = grouped_ops.quantize_experts_op(t, *specs, streams, key)
+        outputs = grouped_ops.quantize_experts_op(t, *specs, streams, key, amax, list(offset))
     elif offs is not None:
-        outputs = grouped_ops.quantize_tokens_op(t, offs, *specs, streams, key)
+        outputs = grouped_ops.quantize_tokens_op(t, offs, *specs, streams, key, amax, offset[1])
     else:
         outputs = ops.quantize(t, *specs, streams, key, amax, list(offset))
     amaxes = outputs[4]
@@ -41,8 +40,16 @@ def _quantize(
     return row_operand if rows else None, col_operand if cols else None
 
 
-def _amax(t: torch.Tensor, rows: OperandUse | None, cols: OperandUse | None) -> torch.Tensor:
-    return ops.amax(t, *_specs(rows, cols)[0])
+def _amax(
+    t: torch.Tensor,
+    rows: OperandUse | None,
+    cols: OperandUse | None,
+    offs: torch.Tensor | None = None,
+) -> torch.Tensor:
+    specs = _specs(rows, cols)[0]
+    if t.dim() == 3 or offs is not None:
+        return grouped_ops.grouped_amax(t, offs, *specs)
+    return ops.amax(t, *specs)
 
 
 def _fields(operand: QuantizedOperand) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

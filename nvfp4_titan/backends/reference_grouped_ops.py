@@ -10,9 +10,40 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..errors import ConfigError
-from ..numerics.grouped import group_layout, padded_rows, quantize_experts, quantize_tokens
+from ..numerics.grouped import (
+    GroupLayout,
+    expert_amaxes,
+    group_layout,
+    padded_rows,
+    quantize_experts,
+    quantize_tokens,
+    token_amaxes,
+)
 from ..recipe import OperandFormat
 from .reference_ops import FIVE_TENSORS, fake_operand, gemm_values, multiply, no_operand
+
+
+@torch.library.custom_op("nvfp4_titan::reference_grouped_amax", mutates_args=())
+def grouped_amax(t: torch.Tensor, offs: torch.Tensor | None, rows: str, cols: str) -> torch.Tensor:
+    """Amaxes (2, E) of the two uses of tokens (M, K), with offs, or of experts (E, N, K)."""
+    groups = t.shape[0] if offs is None else offs.shape[0]
+    layout = None if offs is None else _layout(offs, t.shape[0])
+    amaxes = t.new_zeros((2, groups), dtype=torch.float32)
+    for i, spec in enumerate((rows, cols)):
+        if not spec:
+            continue
+        fmt = OperandFormat.parse(spec)
+        if layout is None:
+            amaxes[i] = expert_amaxes(t, fmt, transpose=i == 1)
+        else:
+            amaxes[i] = token_amaxes(t, layout, groups, fmt, transpose=i == 1)
+    return amaxes
+
+
+@grouped_amax.register_fake
+def _(t, offs, rows, cols):
+    groups = t.shape[0] if offs is None else offs.shape[0]
+    return t.new_empty((2, groups), dtype=torch.float32)
 
 
 @torch.library.custom_op("nvfp4_titan::reference_quantize_tokens", mutates_args=())
@@ -23,21 +54,23 @@ def quantize_tokens_op(
     cols: str,
     streams: list[int],
     key: torch.Tensor | None,
+    amax: torch.Tensor | None,
+    first_column: int,
 ) -> FIVE_TENSORS:
     """Quantize t (M, K) group by group, along K (rows) and along tokens (cols)."""
     groups = offs.shape[0]
-    if offs.device.type == "cpu":
-        _check_offs(offs, t.shape[0])
-    layout = group_layout(offs, t.shape[0])
+    layout = _layout(offs, t.shape[0])
 
-    def quantize(fmt, bits, stream, transpose):
-        return quantize_tokens(t, layout, groups, fmt, bits, stream, transpose)
+    def quantize(fmt, bits, stream, transpose, amax):
+        return quantize_tokens(
+            t, layout, groups, fmt, bits, stream, transpose, amax, first_column
+        )  # fmt: skip
 
-    return _both_uses(t, groups, (rows, cols), streams, key, quantize)
+    return _both_uses(t, groups, (rows, cols), streams, key, amax, quantize)
 
 
 @quantize_tokens_op.register_fake
-def _(t, offs, rows, cols, streams, key):
+def _(t, offs, rows, cols, streams, key, amax, first_column):
     row_use = fake_operand(t, *t.shape) if rows else no_operand(t)
     slots = padded_rows(t.shape[0], offs.shape[0])
     col_use = fake_operand(t, t.shape[1], slots) if cols else no_operand(t)
@@ -46,18 +79,24 @@ def _(t, offs, rows, cols, streams, key):
 
 @torch.library.custom_op("nvfp4_titan::reference_quantize_experts", mutates_args=())
 def quantize_experts_op(
-    w: torch.Tensor, rows: str, cols: str, streams: list[int], key: torch.Tensor | None
+    w: torch.Tensor,
+    rows: str,
+    cols: str,
+    streams: list[int],
+    key: torch.Tensor | None,
+    amax: torch.Tensor | None,
+    offset: list[int],
 ) -> FIVE_TENSORS:
     """Quantize w (E, N, K) expert by expert, along K (rows) and along N (cols)."""
 
-    def quantize(fmt, bits, stream, transpose):
-        return quantize_experts(w, fmt, bits, stream, transpose)
+    def quantize(fmt, bits, stream, transpose, amax):
+        return quantize_experts(w, fmt, bits, stream, transpose, amax, tuple(offset))
 
-    return _both_uses(w, w.shape[0], (rows, cols), streams, key, quantize)
+    return _both_uses(w, w.shape[0], (rows, cols), streams, key, amax, quantize)
 
 
 @quantize_experts_op.register_fake
-def _(w, rows, cols, streams, key):
+def _(w, rows, cols, streams, key, amax, offset):
     experts, n, k = w.shape
     row_use = fake_operand(w, experts, n, k) if rows else no_operand(w)
     col_use = fake_operand(w, experts, k, n) if cols else no_operand(w)
@@ -143,6 +182,7 @@ def _both_uses(
     specs: tuple[str, str],
     streams: list[int],
     key: torch.Tensor | None,
+    amax: torch.Tensor | None,
     quantize: Callable,
 ) -> FIVE_TENSORS:
     """Codes and scales of the two uses of t and their amaxes (2, E).
@@ -153,7 +193,8 @@ def _both_uses(
         specs: Formats of the row and the column use.
         streams: SR streams of the two.
         key: SR key.
-        quantize: (format, key, stream, transpose) -> (codes, scale, amax (E,)).
+        amax: None, or (2, E) amaxes to use.
+        quantize: (format, key, stream, transpose, amax) -> (codes, scale, amax (E,)).
     """
     amaxes = t.new_zeros((2, groups), dtype=torch.float32)
     results = []
@@ -163,15 +204,20 @@ def _both_uses(
             continue
         fmt = OperandFormat.parse(spec)
         bits = int(key) if fmt.rounding == "sr" else 0
-        *operand, amaxes[i] = quantize(fmt, bits, streams[i], i == 1)
+        given = None if amax is None else amax[i]
+        *operand, amaxes[i] = quantize(fmt, bits, streams[i], i == 1, given)
         results += operand
     return (*results, amaxes)
 
 
-def _check_offs(offs: torch.Tensor, rows: int) -> None:
-    ends = [0, *offs.tolist()]
-    if sorted(ends) != ends or ends[-1] > rows:
-        raise ConfigError(f"offs {ends[1:]} must not decrease, nor end past the {rows} rows of x")
+def _layout(offs: torch.Tensor, rows: int) -> GroupLayout:
+    if offs.device.type == "cpu":
+        ends = [0, *offs.tolist()]
+        if sorted(ends) != ends or ends[-1] > rows:
+            raise ConfigError(
+                f"offs {ends[1:]} must not decrease, nor end past the {rows} rows of x"
+            )
+    return group_layout(offs, rows)
 
 
 def _groups(offs: torch.Tensor) -> Iterator[tuple[int, int, int]]:

@@ -39,12 +39,31 @@ class OperandShard:
 
 @dataclass(frozen=True)
 class GemmShards:
-    """Places of a linear's operands, and the mesh whose ranks share them."""
+    """Places of a GEMM's operands, and the mesh of one dim whose ranks share them."""
 
     mesh: DeviceMesh
     x: OperandShard
     w: OperandShard
     dy: OperandShard
+
+    @staticmethod
+    def colwise(mesh: DeviceMesh, features: int) -> "GemmShards":
+        """w (N, K) sharded along N = `features`."""
+        n = first_index(features, mesh)
+        w, dy = OperandShard(True, (n, 0)), OperandShard(True, (0, n))
+        return GemmShards(mesh, OperandShard(), w, dy)
+
+    @staticmethod
+    def rowwise(mesh: DeviceMesh, features: int) -> "GemmShards":
+        """w (N, K) sharded along K = `features`."""
+        k = first_index(features, mesh)
+        x_and_w = OperandShard(True, (0, k))
+        return GemmShards(mesh, x_and_w, x_and_w, OperandShard())
+
+    @staticmethod
+    def whole(mesh: DeviceMesh) -> "GemmShards":
+        """Nothing is sharded."""
+        return GemmShards(mesh, OperandShard(), OperandShard(), OperandShard())
 
 
 @dataclass(frozen=True)
@@ -95,20 +114,16 @@ def localize(x: DTensor, w: DTensor) -> LocalGemm:
         raise UnsupportedError(
             f"NVFP4 linears take DTensors of one mesh with one dim, got {x.device_mesh} and {mesh}"
         )
-    n, k = (_first(size, mesh) for size in w.shape)
     placements = x.placements[0], w.placements[0]
     last = Shard(x.dim() - 1)
     if placements == (Replicate(), Shard(0)):
-        w_shard, dy_shard = OperandShard(True, (n, 0)), OperandShard(True, (0, n))
-        shards = GemmShards(mesh, OperandShard(), w_shard, dy_shard)
+        shards = GemmShards.colwise(mesh, w.shape[0])
         grad, output = Partial(), last
     elif placements == (last, Shard(1)):
-        shards = GemmShards(
-            mesh, OperandShard(True, (0, k)), OperandShard(True, (0, k)), OperandShard()
-        )
+        shards = GemmShards.rowwise(mesh, w.shape[1])
         grad, output = last, Partial()
     elif placements == (Replicate(), Replicate()):
-        shards = GemmShards(mesh, OperandShard(), OperandShard(), OperandShard())
+        shards = GemmShards.whole(mesh)
         grad, output = Replicate(), Replicate()
     else:
         raise UnsupportedError(
@@ -125,7 +140,37 @@ def localize(x: DTensor, w: DTensor) -> LocalGemm:
     )
 
 
-def _first(size: int, mesh: DeviceMesh) -> int:
+def expert_shards(w: DTensor) -> GemmShards | None:
+    """Places of the GEMMs' operands over expert weights, None where every expert is whole.
+
+    Args:
+        w: (E, N, K) DTensor. Sharding along E (expert parallelism) leaves experts whole; along N or
+            K it is their colwise or rowwise tensor parallelism.
+
+    Raises:
+        UnsupportedError: more than one mesh dim shards experts, or a partial sum.
+    """
+    mesh, cut = w.device_mesh, []
+    for axis, placement in enumerate(w.placements):
+        if placement.is_partial():
+            raise UnsupportedError(f"expert weights are placed as {w.placements}: reduce them first")
+        if placement.is_shard() and placement.dim != 0:
+            cut.append((axis, placement.dim))
+    if not cut:
+        return None
+    if len(cut) > 1:
+        raise UnsupportedError(
+            f"NVFP4 experts are sharded by one mesh dim at most, got {w.placements}: use one of "
+            "tensor_parallel_degree and expert_tensor_parallel_degree, or nvfp4.experts = false"
+        )
+    axis, dim = cut[0]
+    if mesh.ndim > 1:
+        mesh = mesh[mesh.mesh_dim_names[axis]]
+    make = GemmShards.colwise if dim == 1 else GemmShards.rowwise
+    return make(mesh, w.shape[dim])
+
+
+def first_index(size: int, mesh: DeviceMesh) -> int:
     """Global index where this rank's shard of a dim begins (torch.chunk's split)."""
     # Not DTensor's own helper: torch.compile cannot trace that one.
     return min(size, mesh.get_local_rank() * -(-size // mesh.size()))

@@ -82,6 +82,8 @@ def quantize_tokens(
     key: int,
     stream: int,
     transpose: bool,
+    amax: torch.Tensor | None = None,
+    first_column: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize activations or gradients group by group.
 
@@ -93,29 +95,59 @@ def quantize_tokens(
         key: SR key (used with rounding "sr").
         stream: SR stream.
         transpose: False for the contraction along K; True along tokens, padded group by group.
+        amax: (E,) fp32 to use in place of the groups' own, as reduced over ranks that share t.
+        first_column: Global index of t's first column, where t is a shard.
 
     Returns:
         codes (M, Kp / 2) or (K, P / 2), block_scale (M, Kp / 16) or (K, P / 16), amax (E,) fp32.
     """
+    prepared, block_amax, group = _prepare_tokens(t, layout, fmt, transpose)
+    if amax is None:
+        amax = _group_amax(block_amax, group, groups, transpose)
+    # Rows of no group: nothing depends on their scale.
+    spread = torch.cat((amax, amax.new_ones(1)))[group].unsqueeze(0 if transpose else 1)
+    random_byte = None
+    if fmt.rounding == "sr":
+        rows, blocks = block_amax.shape
+        if transpose:
+            row = torch.arange(first_column, first_column + rows, device=t.device)
+            block = layout.block_in_group
+        else:
+            first_block = first_column // BLOCK
+            row = layout.row_in_group
+            block = torch.arange(first_block, first_block + blocks, device=t.device)
+        random_byte = block_random_bytes(key, stream, spread, block_amax, row, block)
+    codes, scale = quantize_blocks(prepared, block_amax, spread, random_byte)
+    return codes, scale, amax
+
+
+def token_amaxes(
+    t: torch.Tensor, layout: GroupLayout, groups: int, fmt: OperandFormat, transpose: bool
+) -> torch.Tensor:
+    """Amax (E,) fp32 of each group's operand; see `quantize_tokens`."""
+    _, block_amax, group = _prepare_tokens(t, layout, fmt, transpose)
+    return _group_amax(block_amax, group, groups, transpose)
+
+
+def _prepare_tokens(
+    t: torch.Tensor, layout: GroupLayout, fmt: OperandFormat, transpose: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A prepared operand, its block amaxes, and the group of its rows (blocks if transposed)."""
     if transpose:
         # A row of zeros at the end is what slots of no row hold.
         t = torch.cat((t, t.new_zeros(1, t.shape[1])))[layout.slot_row]
     prepared = prepare(t, rht=fmt.rht, transpose=transpose)
-    block_amax = block_amaxes(prepared)
-    group = layout.block_group if transpose else layout.row_group
-    amax = _group_amax(block_amax.T if transpose else block_amax, group, groups + 1)
-    spread = amax[group].unsqueeze(0 if transpose else 1)
-    random_byte = None
-    if fmt.rounding == "sr":
-        row = None if transpose else layout.row_in_group
-        block = layout.block_in_group if transpose else None
-        random_byte = block_random_bytes(key, stream, spread, block_amax, row, block)
-    codes, scale = quantize_blocks(prepared, block_amax, spread, random_byte)
-    return codes, scale, amax[:groups]
+    return prepared, block_amaxes(prepared), layout.block_group if transpose else layout.row_group
 
 
 def quantize_experts(
-    w: torch.Tensor, fmt: OperandFormat, key: int, stream: int, transpose: bool
+    w: torch.Tensor,
+    fmt: OperandFormat,
+    key: int,
+    stream: int,
+    transpose: bool,
+    amax: torch.Tensor | None = None,
+    offset: tuple[int, int] = (0, 0),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize expert weights, each with its own amax and its own blocks.
 
@@ -125,11 +157,38 @@ def quantize_experts(
         key: SR key (used with rounding "sr").
         stream: SR stream.
         transpose: False for the contraction along K, True along N.
+        amax: (E,) fp32 to use in place of the experts' own, as reduced over ranks that share w.
+        offset: Global (row, column) of an expert's first element, where w is a shard.
 
     Returns:
         codes (E, N, Kp / 2), block_scale (E, N, Kp / 16), amax (E,) fp32; N and K swapped with
         `transpose`.
     """
+    prepared, block_amax, shape, rows = _prepare_experts(w, fmt, transpose)
+    amax = block_amax.view(shape).amax((1, 2)) if amax is None else amax
+    spread = amax.repeat_interleave(shape[1]).unsqueeze(1)
+    random_byte = None
+    if fmt.rounding == "sr":
+        first_row, first_column = reversed(offset) if transpose else offset
+        row = torch.arange(first_row, first_row + shape[1], device=w.device).repeat(shape[0])
+        blocks, first_block = block_amax.shape[1], first_column // BLOCK
+        block = torch.arange(first_block, first_block + blocks, device=w.device)
+        random_byte = block_random_bytes(key, stream, spread, block_amax, row, block)
+    codes, scale = quantize_blocks(prepared, block_amax, spread, random_byte)
+    codes, scale = codes.view(shape)[:, :rows], scale.view(shape)[:, :rows]
+    return codes.contiguous(), scale.contiguous(), amax
+
+
+def expert_amaxes(w: torch.Tensor, fmt: OperandFormat, transpose: bool) -> torch.Tensor:
+    """Amax (E,) fp32 of each expert's operand; see `quantize_experts`."""
+    _, block_amax, shape, _ = _prepare_experts(w, fmt, transpose)
+    return block_amax.view(shape).amax((1, 2))
+
+
+def _prepare_experts(
+    w: torch.Tensor, fmt: OperandFormat, transpose: bool
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int, int], int]:
+    """A prepared operand of all experts in one matrix, its block amaxes, its 3D shape, its rows."""
     if transpose:
         w = w.transpose(1, 2)
     experts, rows, columns = w.shape
@@ -137,23 +196,16 @@ def quantize_experts(
     missing = -rows % fmt.block[0]
     flat = torch.nn.functional.pad(w, (0, 0, 0, missing)).reshape(-1, columns)
     prepared = prepare(flat, rht=fmt.rht)
-    block_amax = block_amaxes(prepared, fmt.block[0])
-    shape = (experts, rows + missing, -1)
-    amax = block_amax.view(shape).amax((1, 2))
-    spread = amax.repeat_interleave(rows + missing).unsqueeze(1)
-    random_byte = None
-    if fmt.rounding == "sr":
-        row = torch.arange(rows + missing, device=w.device).repeat(experts)
-        random_byte = block_random_bytes(key, stream, spread, block_amax, row)
-    codes, scale = quantize_blocks(prepared, block_amax, spread, random_byte)
-    codes, scale = codes.view(shape)[:, :rows], scale.view(shape)[:, :rows]
-    return codes.contiguous(), scale.contiguous(), amax
+    return prepared, block_amaxes(prepared, fmt.block[0]), (experts, rows + missing, -1), rows
 
 
-def _group_amax(block_amax: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
-    """Amax over the rows of (R, B) that belong to each group; NaN stays."""
-    row_amax = block_amax.amax(1)
-    amax = row_amax.new_zeros(groups).scatter_reduce_(0, group, row_amax, "amax")
+def _group_amax(
+    block_amax: torch.Tensor, group: torch.Tensor, groups: int, transpose: bool
+) -> torch.Tensor:
+    """Amax (groups,) of block amaxes (R, B) by their rows' (their blocks') group; NaN stays."""
+    part_amax = block_amax.amax(0 if transpose else 1)
+    # One more for what belongs to no group.
+    amax = part_amax.new_zeros(groups + 1).scatter_reduce_(0, group, part_amax, "amax")
     # Whether scatter_reduce's amax propagates NaN differs between devices; a sum always does.
-    special = torch.where(row_amax.isfinite(), 0.0, row_amax)
-    return amax + torch.zeros_like(amax).scatter_add_(0, group, special)
+    special = torch.where(part_amax.isfinite(), 0.0, part_amax)
+    return (amax + torch.zeros_like(amax).scatter_add_(0, group, special))[:groups]

@@ -8,7 +8,7 @@ from torchtitan.protocols.model_converter import ModelConverter
 from torchtitan.tools.logging import logger
 
 from ..backends import resolve
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError
 from ..formats import BLOCK
 from ..recipe import Selection, get_recipe, parse_rules
 from ..training import Report, convert
@@ -38,7 +38,6 @@ class NVFP4Converter(ModelConverter):
         """Convert in place and print the report once."""
         self.report = convert_by_settings(model, self.settings)
         if has_converted_experts(self.report):
-            check_experts(self.report, self.job_config.parallelism)
             align_token_groups()
         if not distributed.is_initialized() or distributed.get_rank() == 0:
             logger.info(f"{self.report}")
@@ -68,22 +67,6 @@ def convert_by_settings(model: nn.Module, settings) -> Report:
 def has_converted_experts(report: Report) -> bool:
     """Whether any routed expert runs quantized."""
     return any(entry.converted and entry.kind == EXPERTS for entry in report.entries)
-
-
-def check_experts(report: Report, parallelism) -> None:
-    """Check that converted experts are not to be sharded in a way they do not support.
-
-    Raises:
-        UnsupportedError: torchtitan would shard the experts' own dims over TP ranks.
-    """
-    ep_takes_tp = (
-        parallelism.expert_parallel_degree > 1 and parallelism.expert_tensor_parallel_degree == 1
-    )
-    if has_converted_experts(report) and parallelism.tensor_parallel_degree > 1 and not ep_takes_tp:
-        raise UnsupportedError(
-            "NVFP4 experts cannot be sharded by tensor parallelism yet: use expert_parallel_degree "
-            "> 1 with expert_tensor_parallel_degree = 1, or nvfp4.experts = false"
-        )
 
 
 def align_token_groups() -> None:

@@ -17,7 +17,7 @@ from torchtitan.train import main as torchtitan_main
 from ..errors import ConfigError, DivergedError
 from . import cpu_runtime, record
 from .checks import check
-from .converter import check_experts, convert_by_settings
+from .converter import convert_by_settings
 
 CONFIG_MODULE = "nvfp4_titan.titan.job_config"
 _CONFIG_FILE_KEYS = ("--job.config_file", "--job.config-file")
@@ -113,7 +113,7 @@ def preflight(argv: list[str], world_size: int) -> JobConfig:
         args.update_from_config(job_config)
         with torch.device("meta"):
             model = spec.model_cls(args)
-        check_experts(convert_by_settings(model, job_config.nvfp4), job_config.parallelism)
+        convert_by_settings(model, job_config.nvfp4)
     return job_config
 
 

@@ -15,6 +15,7 @@ wrapped while its forward runs.
 An operation that would drop the subclass raises: experts never fall back silently.
 """
 
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -23,10 +24,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from ..backends import Backend
-from ..errors import UnsupportedError
+from ..distributed import GemmShards, expert_shards
+from ..errors import ConfigError, UnsupportedError
 from ..recipe import Recipe
 from .grouped import grouped_mm
-from .linear import key_tensor, linear
+from .linear import cast_input, check_operands, key_tensor, local_linear
 
 aten = torch.ops.aten
 _KEEP = {
@@ -48,18 +50,32 @@ _GROUPED_MM = {torch._grouped_mm, torch.nn.functional.grouped_mm}
 _MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 
 
+@dataclass(frozen=True)
+class ExpertOptions:
+    """How the GEMMs over an expert weight run.
+
+    Attributes:
+        recipe: The Recipe.
+        backend: The Backend.
+        shards: Place of the operands in the whole where tensor parallelism shards experts.
+    """
+
+    recipe: Recipe
+    backend: Backend
+    shards: GemmShards | None = None
+
+
 class ExpertWeight(torch.Tensor):
     """A view of expert weights that runs its GEMMs in a recipe's formats.
 
     Attributes:
         data_: The plain weights, (E, N, K) or a part of them.
         key: int64 CPU scalar, the SR key.
-        recipe: The Recipe.
-        backend: The Backend.
+        options: ExpertOptions.
     """
 
     @staticmethod
-    def __new__(cls, data_: torch.Tensor, key: torch.Tensor, recipe: Recipe, backend: Backend):
+    def __new__(cls, data_: torch.Tensor, key: torch.Tensor, options: ExpertOptions):
         """Make a tensor without storage of its own; the GEMMs read `data_`."""
         return torch.Tensor._make_wrapper_subclass(
             cls,
@@ -71,22 +87,23 @@ class ExpertWeight(torch.Tensor):
             requires_grad=data_.requires_grad,
         )
 
-    def __init__(self, data_: torch.Tensor, key: torch.Tensor, recipe: Recipe, backend: Backend):
-        self.data_, self.key, self.recipe, self.backend = data_, key, recipe, backend
+    def __init__(self, data_: torch.Tensor, key: torch.Tensor, options: ExpertOptions):
+        self.data_, self.key, self.options = data_, key, options
 
     def __repr__(self) -> str:
-        return f"ExpertWeight({tuple(self.shape)}, recipe={self.recipe.name})"
+        return f"ExpertWeight({tuple(self.shape)}, recipe={self.options.recipe.name})"
 
     # The key is an inner tensor, so that layers which differ in it alone share one compiled graph.
     def __tensor_flatten__(self):
-        return ["data_", "key"], (self.recipe, self.backend)
+        return ["data_", "key"], self.options
 
     @classmethod
-    def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
-        return cls(inner["data_"], inner["key"], *context)
+    def __tensor_unflatten__(cls, inner, options, outer_size, outer_stride):
+        return cls(inner["data_"], inner["key"], options)
 
     def _stable_hash_for_caching(self) -> str:
-        return f"{self.recipe}/{self.backend.name}"
+        options = self.options
+        return f"{options.recipe}/{options.backend.name}/{options.shards}"
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -111,7 +128,7 @@ class ExpertWeight(torch.Tensor):
             )
         weight = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, cls))
         plain = pytree.tree_map_only(cls, lambda leaf: leaf.data_, (args, kwargs or {}))
-        return cls(func(*plain[0], **plain[1]), weight.key, weight.recipe, weight.backend)
+        return cls(func(*plain[0], **plain[1]), weight.key, weight.options)
 
 
 class _Unwrap(torch.autograd.Function):
@@ -130,12 +147,12 @@ class _Wrap(torch.autograd.Function):
     """Plain tensor to ExpertWeight; the gradient is plain on both sides."""
 
     @staticmethod
-    def forward(ctx, plain: torch.Tensor, key: torch.Tensor, recipe: Recipe, backend: Backend):
-        return ExpertWeight(plain.detach(), key, recipe, backend)
+    def forward(ctx, plain: torch.Tensor, key: torch.Tensor, options: ExpertOptions):
+        return ExpertWeight(plain.detach(), key, options)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        return grad, None, None, None
+        return grad, None, None
 
 
 def _intercepted_grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None) -> torch.Tensor:
@@ -151,8 +168,16 @@ def _intercepted_grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None) -> to
             "NVFP4 experts take grouped GEMMs of (M, K) by (E, K, N) with offs, without bias or "
             "out_dtype: keep these experts in high precision with a rule or nvfp4.experts = false"
         )
-    options = {"recipe": w.recipe, "backend": w.backend, "key": w.key}
-    return grouped_mm(x, _Unwrap.apply(w), offs, **options)
+    options = w.options
+    return grouped_mm(
+        x,
+        _Unwrap.apply(w),
+        offs,
+        recipe=options.recipe,
+        backend=options.backend,
+        key=w.key,
+        shards=options.shards,
+    )
 
 
 def _intercepted_matmul(x, other) -> torch.Tensor:
@@ -162,8 +187,15 @@ def _intercepted_matmul(x, other) -> torch.Tensor:
             "NVFP4 experts take matmul(x, w) with one expert's (K, N) weight on the right: keep "
             "these experts in high precision with a rule or nvfp4.experts = false"
         )
-    options = {"recipe": w.recipe, "backend": w.backend, "key": w.key}
-    return linear(x, _Unwrap.apply(w).transpose(0, 1), **options)
+    if x.shape[-1] != w.shape[0]:
+        raise ConfigError(
+            f"x {tuple(x.shape)} and w {tuple(w.shape)} do not fit: need (..., K) and (K, N)"
+        )
+    options = w.options
+    weight = _Unwrap.apply(w).transpose(0, 1)
+    x = cast_input(x, weight)
+    check_operands(x, weight)
+    return local_linear(x, weight, w.key, options.recipe, options.backend, options.shards)
 
 
 class WrappingExperts:
@@ -184,17 +216,13 @@ class WrappingExperts:
         # A checkpoint inside the forward recomputes during backward, outside of it.
         if not self._wrapping and torch._C._current_graph_task_id() == -1:
             return value
-        options = self.__dict__["_converted"][name]
+        key, options = self.__dict__["_converted"][name]
         if not isinstance(value, DTensor):
-            return _Wrap.apply(value, *options)
-        if not all(p.is_replicate() or p.is_shard(0) for p in value.placements):
-            raise UnsupportedError(
-                f"NVFP4 experts do not take weights placed as {value.placements} yet: use expert "
-                "parallelism with expert_tensor_parallel_degree = 1, or nvfp4.experts = false"
-            )
-        # Sharded by experts (EP): what leaves through to_local() must be wrapped.
+            return _Wrap.apply(value, key, options)
+        # What leaves through to_local() must be wrapped.
+        options = replace(options, shards=expert_shards(value))
         return DTensor.from_local(
-            _Wrap.apply(value.to_local(), *options),
+            _Wrap.apply(value.to_local(), key, options),
             value.device_mesh,
             value.placements,
             run_check=False,
@@ -244,6 +272,6 @@ def convert_experts(
     module.__class__ = _wrapping_class(type(module))
     module._wrapping = False
     module._converted = {
-        name: (key_tensor(seed, f"{fqn}.{name}"), recipe, backend)
+        name: (key_tensor(seed, f"{fqn}.{name}"), ExpertOptions(recipe, backend))
         for name, recipe in recipes.items()
     }

@@ -129,7 +129,7 @@ def _quantize(
     if place is None or not place[1].sharded:
         return backend.quantize(t, rows, cols, key, offs)
     mesh, shard = place
-    amax = reduced_amax(backend.amax(t, rows, cols), mesh)
+    amax = reduced_amax(backend.amax(t, rows, cols, offs), mesh)
     return backend.quantize(t, rows, cols, key, offs, amax, shard.offset)
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from ..backends import Backend, resolve
+from ..distributed import GemmShards
 from ..errors import ConfigError
 from ..recipe import Recipe, get_recipe
 from .functions import QuantizedGemm
@@ -17,6 +18,7 @@ def grouped_mm(
     recipe: str | Recipe = "nvfp4",
     backend: str | Backend = "auto",
     key: torch.Tensor | None = None,
+    shards: GemmShards | None = None,
 ) -> torch.Tensor:
     """Multiply each group of rows by its expert, all three GEMMs in the recipe's formats.
 
@@ -32,9 +34,11 @@ def grouped_mm(
             torch._grouped_mm itself, which leaves rows of no group undefined.
         backend: Name ("auto" picks), or a Backend.
         key: int64 CPU scalar from `key_tensor`, the SR key; None uses that of seed 0, name "".
+        shards: None, or the place of x, w and dy in the whole where experts are sharded over ranks
+            (`expert_shards`).
 
     Returns:
-        (M, N) in x's dtype.
+        (M, N) in x's dtype; a partial sum where w is sharded along K.
 
     Raises:
         ConfigError: unknown recipe, shapes or dtypes that do not fit, group ends that decrease or
@@ -53,7 +57,7 @@ def grouped_mm(
     grad = torch.is_grad_enabled()
     grads = (grad and x.requires_grad, grad and w.requires_grad)
     weight = w.transpose(-2, -1)
-    return QuantizedGemm.apply(x.contiguous(), weight, offs, key, recipe, backend, grads)
+    return QuantizedGemm.apply(x.contiguous(), weight, offs, key, recipe, backend, grads, shards)
 
 
 def _check(x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor, recipe: Recipe) -> None:

@@ -26,6 +26,20 @@ DEFAULT_KEY = key_tensor(0, "")
 """The SR key of calls and modules without a name."""
 
 
+def cast_input(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that it is multiplied in: autocast's where that is enabled, else w's own.
+
+    Raises:
+        ConfigError: without autocast, x and w of two dtypes.
+    """
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    if x.dtype != w.dtype:
+        raise ConfigError(f"x is {x.dtype} and w is {w.dtype}: cast one, or use torch.autocast")
+    return x
+
+
 def check_operands(x: torch.Tensor, w: torch.Tensor) -> None:
     """Check dtypes and sizes of a GEMM's inputs.
 
@@ -68,11 +82,7 @@ def linear(
     Source: NVIDIA arXiv 2509.25149; the bits are in nvfp4_titan.numerics.
     """
     recipe = get_recipe(recipe)
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-    elif x.dtype != w.dtype:
-        raise ConfigError(f"x is {x.dtype} and w is {w.dtype}: cast one, or use torch.autocast")
+    x = cast_input(x, w)
     if not recipe.quantized:
         return nn.functional.linear(x, w, bias)
     if w.dim() != 2 or x.shape[-1] != w.shape[1]:
@@ -86,21 +96,33 @@ def linear(
     options = (key, recipe, backend)
     if isinstance(x, DTensor) or isinstance(w, DTensor):
         local = localize(x, w)
-        y = local.wrap(_local_linear(local.x, local.w, *options, local.shards))
+        y = local.wrap(local_linear(local.x, local.w, *options, local.shards))
     else:
-        y = _local_linear(x, w, *options, None)
+        y = local_linear(x, w, *options)
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _local_linear(
+def local_linear(
     x: torch.Tensor,
     w: torch.Tensor,
-    key: torch.Tensor | None,
+    key: torch.Tensor,
     recipe: Recipe,
     backend: Backend,
-    shards: GemmShards | None,
+    shards: GemmShards | None = None,
 ) -> torch.Tensor:
-    """Run the GEMM on (M, K), M being all leading dims of x."""
+    """`linear` of local tensors, checked ones, which are the parts of a whole that `shards` says.
+
+    Args:
+        x: (..., K).
+        w: (N, K).
+        key: SR key.
+        recipe: Quantized Recipe.
+        backend: Backend.
+        shards: None where x and w are whole.
+
+    Returns:
+        (..., N).
+    """
     grad = torch.is_grad_enabled()
     grads = (grad and x.requires_grad, grad and w.requires_grad)
     flat = x.reshape(-1, x.shape[-1]).contiguous()

@@ -5,7 +5,6 @@ records what the backend made of its shards; the test compares that with the who
 """
 
 import os
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from nvfp4_titan.backends import BACKENDS
 from nvfp4_titan.errors import UnsupportedError
 from nvfp4_titan.training import key_tensor, linear
+from support import recording
 
 WORLD = 2
 STYLES = {
@@ -32,22 +32,6 @@ def inputs():
     w = torch.randn(96, 64, generator=generator) * torch.logspace(-2, 0, 64)
     dy = torch.randn(2, 24, 96, generator=generator) * torch.logspace(0, -2, 96)
     return x, w, dy
-
-
-def recording(fault=None):
-    """The reference backend, and a list of the operands that it makes."""
-    reference, made = BACKENDS["reference"], []
-
-    def quantize(t, rows, cols, key=None, offs=None, amax=None, offset=(0, 0)):
-        if fault == "no reduction":
-            amax = None
-        if fault == "noise tied to a rank" and amax is not None:
-            offset = (0, 0)
-        operands = reference.quantize(t, rows, cols, key, offs, amax, offset)
-        made.append([o and (o.codes, o.block_scale.view(torch.uint8), o.amax) for o in operands])
-        return operands
-
-    return replace(reference, quantize=quantize), made
 
 
 def run(style, fault, folder, rank):
