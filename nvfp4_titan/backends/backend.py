@@ -119,6 +119,21 @@ class WeightGrad(Protocol):
         """(N, K): dy @ x.T of two operands with tokens last; (E, N, K) per group with offs."""
 
 
+class WeightShape(Protocol):
+    """Reads a GEMM's size off a call of its op."""
+
+    def __call__(self, *args, **kwargs) -> tuple[int, int]:
+        """(K, N), the weight's shape as aten.mm takes it, of the op's arguments."""
+
+
+@dataclass(frozen=True)
+class GemmOp:
+    """The custom op behind ungrouped `MatMul`: what selective checkpointing knows it by."""
+
+    op: torch._ops.OpOverload
+    weight_shape: WeightShape
+
+
 @dataclass(frozen=True)
 class Backend:
     """Operations of a backend; the protocols above say what each takes and returns."""
@@ -129,3 +144,4 @@ class Backend:
     amax: Amax
     mm: MatMul
     wgrad: WeightGrad
+    gemm: GemmOp

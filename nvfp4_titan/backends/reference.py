@@ -5,7 +5,7 @@ import torch
 from ..numerics import QuantizedOperand
 from . import reference_grouped_ops as grouped_ops
 from . import reference_ops as ops
-from .backend import Backend, Operands, OperandUse
+from .backend import Backend, GemmOp, Operands, OperandUse
 
 
 def _specs(*uses: OperandUse | None) -> tuple[list[str], list[int], bool]:
@@ -70,6 +70,12 @@ def _mm(
     return ops.mm(*operands, columns, out_dtype, b_transposed)
 
 
+def _weight_shape(
+    a_codes: torch.Tensor, a_scale, a_amax, b_codes, b_scale, b_amax, columns: int, *_
+) -> tuple[int, int]:
+    return a_codes.shape[1] * 2, columns
+
+
 def _wgrad(
     dy: QuantizedOperand,
     x: QuantizedOperand,
@@ -93,4 +99,5 @@ REFERENCE = Backend(
     amax=_amax,
     mm=_mm,
     wgrad=_wgrad,
+    gemm=GemmOp(torch.ops.nvfp4_titan.reference_mm.default, _weight_shape),
 )

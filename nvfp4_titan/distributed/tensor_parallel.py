@@ -48,14 +48,14 @@ class GemmShards:
 
     @staticmethod
     def colwise(mesh: DeviceMesh, features: int) -> "GemmShards":
-        """w (N, K) sharded along N = `features`."""
+        """W (N, K) sharded along N = `features`."""
         n = first_index(features, mesh)
         w, dy = OperandShard(True, (n, 0)), OperandShard(True, (0, n))
         return GemmShards(mesh, OperandShard(), w, dy)
 
     @staticmethod
     def rowwise(mesh: DeviceMesh, features: int) -> "GemmShards":
-        """w (N, K) sharded along K = `features`."""
+        """W (N, K) sharded along K = `features`."""
         k = first_index(features, mesh)
         x_and_w = OperandShard(True, (0, k))
         return GemmShards(mesh, x_and_w, x_and_w, OperandShard())
@@ -153,7 +153,9 @@ def expert_shards(w: DTensor) -> GemmShards | None:
     mesh, cut = w.device_mesh, []
     for axis, placement in enumerate(w.placements):
         if placement.is_partial():
-            raise UnsupportedError(f"expert weights are placed as {w.placements}: reduce them first")
+            raise UnsupportedError(
+                f"expert weights are placed as {w.placements}: reduce them first"
+            )
         if placement.is_shard() and placement.dim != 0:
             cut.append((axis, placement.dim))
     if not cut:

@@ -13,7 +13,7 @@ from ..formats import BLOCK
 from ..recipe import Selection, get_recipe, parse_rules
 from ..training import Report, convert
 from ..training.report import EXPERTS
-from . import record
+from . import activation_checkpoint, record
 
 _RESERVED = {"schedule": [], "fp4_all_gather": False, "numerics_log_freq": 0}
 """Settings of later versions, and the one value that each may have until then."""
@@ -33,6 +33,7 @@ class NVFP4Converter(ModelConverter):
         self.job_config = job_config
         check_settings(job_config)
         self.settings = job_config.nvfp4
+        activation_checkpoint.install()
 
     def convert(self, model: nn.Module) -> None:
         """Convert in place and print the report once."""

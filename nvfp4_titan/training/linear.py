@@ -27,7 +27,7 @@ DEFAULT_KEY = key_tensor(0, "")
 
 
 def cast_input(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x in the dtype that it is multiplied in: autocast's where that is enabled, else w's own.
+    """X in the dtype that it is multiplied in: autocast's where that is enabled, else w's own.
 
     Raises:
         ConfigError: without autocast, x and w of two dtypes.

@@ -1,0 +1,45 @@
+"""Op-level selective activation checkpointing sees NVFP4 GEMMs as what they stand for, aten.mm.
+
+torchtitan's policy saves the outputs of listed ops, aten.mm among them, and of those every second
+one; `per_op_sac_force_recompute_mm_shapes_by_fqns` names mms by their weight's shape. Adding our
+ops to the models' lists would save all of them and miss the shapes, so the policy is shown an
+aten.mm wherever one of our GEMMs runs. Grouped GEMMs are on none of torchtitan's lists, so neither
+are ours.
+"""
+
+from functools import wraps
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from torch.utils import checkpoint
+from torchtitan.distributed import activation_checkpoint
+
+from ..backends import BACKENDS
+
+_create_contexts = checkpoint.create_selective_checkpoint_contexts
+_apply_op_sac = activation_checkpoint._apply_op_sac
+
+
+def install() -> None:
+    """Let torchtitan's op-level selective checkpointing save NVFP4 GEMMs; once or more."""
+    activation_checkpoint._apply_op_sac = _apply_op_sac_seeing_gemms
+
+
+@wraps(_apply_op_sac)
+def _apply_op_sac_seeing_gemms(*args, **kwargs):
+    # torchtitan's function imports the name when it runs and keeps it for the model's life.
+    with patch.object(checkpoint, _create_contexts.__name__, _create_contexts_seeing_gemms):
+        return _apply_op_sac(*args, **kwargs)
+
+
+def _create_contexts_seeing_gemms(policy, *args, **kwargs):
+    gemms = {backend.gemm.op: backend.gemm.weight_shape for backend in BACKENDS.values()}
+
+    def seeing(context, op, *op_args, **op_kwargs):
+        if op not in gemms:
+            return policy(context, op, *op_args, **op_kwargs)
+        weight = SimpleNamespace(shape=torch.Size(gemms[op](*op_args, **op_kwargs)))
+        return policy(context, torch.ops.aten.mm.default, op_args[0], weight)
+
+    return _create_contexts(seeing, *args, **kwargs)
