@@ -73,12 +73,19 @@ def saved_tensors(y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return node.saved_tensors
 
 
-def recording(fault: str | None = None) -> tuple[Backend, list[list]]:
+KINDS = {0: "x", 5: "x", 1: "w", 3: "w", 2: "dy", 4: "dy"}  # by SR stream
+
+
+def recording(fault: str | None = None) -> tuple[Backend, list[tuple]]:
     """The reference backend, and a list of the operands that it makes.
 
     Args:
         fault: None, "no reduction" (every shard uses its own amax) or "noise tied to a rank" (SR
             counts from the shard's own start).
+
+    Returns:
+        The backend, and per call ("x", "w" or "dy", row operand, column operand), where an operand
+        is (codes, block scale as bytes, amax) or None.
     """
     reference, made = BACKENDS["reference"], []
 
@@ -88,7 +95,9 @@ def recording(fault: str | None = None) -> tuple[Backend, list[list]]:
         if fault == "noise tied to a rank" and amax is not None:
             offset = (0, 0)
         operands = reference.quantize(t, rows, cols, key, offs, amax, offset)
-        made.append([o and (o.codes, o.block_scale.view(torch.uint8), o.amax) for o in operands])
+        kind = KINDS[(rows or cols).stream]
+        tensors = [o and (o.codes, o.block_scale.view(torch.uint8), o.amax) for o in operands]
+        made.append((kind, *tensors))
         return operands
 
     return replace(reference, quantize=quantize), made

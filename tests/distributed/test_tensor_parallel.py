@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from support import recording
 from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -15,7 +16,6 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from nvfp4_titan.backends import BACKENDS
 from nvfp4_titan.errors import UnsupportedError
 from nvfp4_titan.training import key_tensor, linear
-from support import recording
 
 WORLD = 2
 STYLES = {
@@ -104,7 +104,7 @@ def mismatches(made, expected, style, rank):
     x_dim, w_dim, _ = STYLES[style]
     shards = {"x": x_dim, "w": w_dim, "dy": -1 if style == "colwise" else None}
     wrong = []
-    for name, ours, theirs in zip(("x", "w", "dy"), made, expected, strict=True):
+    for (name, *ours), (_, *theirs) in zip(made, expected, strict=True):
         dim = shards[name]
         for side, part, full in zip(("rows", "cols"), ours, theirs, strict=True):
             if full is None:

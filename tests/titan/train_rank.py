@@ -1,0 +1,91 @@
+"""One rank of the invariance tests' runs: torchtitan's Trainer, fed with given batches.
+
+`python train_rank.py SPEC`: a torch.save of a list of jobs, each a dict of `argv` (torchtitan's
+options), `tokens` (steps, sequences, length + 1), `port` and `out`, the folder for what this rank
+saw: the losses by step and, per weight, the operands that the first step quantized.
+"""
+
+import os
+import sys
+from dataclasses import replace
+
+import torch
+
+from nvfp4_titan.titan import cpu_runtime
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+from support import recording  # noqa: E402
+
+
+class Batches:
+    """This data rank's part of every global batch, and the state of a dataloader that has none."""
+
+    def __init__(self, tokens, ranks, rank, local):
+        self.tokens, self.ranks, self.rank, self.local = tokens, ranks, rank, local
+
+    def __iter__(self):
+        for batch in self.tokens:
+            for first in range(self.rank * self.local, len(batch), self.ranks * self.local):
+                part = batch[first : first + self.local]
+                yield {"input": part[:, :-1].clone()}, part[:, 1:].clone()
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def attach_recorders(model_parts):
+    """A recorder at every converted weight; the recordings by FQN."""
+    from nvfp4_titan.training import NVFP4Linear
+    from nvfp4_titan.training.experts import WrappingExperts
+
+    made = {}
+    for part in model_parts:
+        for name, module in part.named_modules():
+            fqn = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+            if isinstance(module, NVFP4Linear):
+                module.backend, made[f"{fqn}.weight"] = recording()
+            elif isinstance(module, WrappingExperts):
+                for weight, (key, options) in module._converted.items():
+                    backend, made[f"{fqn}.{weight}"] = recording()
+                    module._converted[weight] = (key, replace(options, backend=backend))
+    return made
+
+
+def run(job, rank):
+    from nvfp4_titan.titan.trainer import NVFP4Trainer, parse
+
+    os.environ["MASTER_PORT"] = str(job["port"])
+    config = parse(job["argv"])
+    trainer = NVFP4Trainer(config)
+    mesh = trainer.parallel_dims.get_optional_mesh("batch")
+    ranks, data_rank = (mesh.size(), mesh.get_local_rank()) if mesh else (1, 0)
+    trainer.dataloader = Batches(job["tokens"], ranks, data_rank, config.training.local_batch_size)
+    made, losses, first = attach_recorders(trainer.model_parts), {}, {}
+
+    def log(step, loss, *args, **kwargs):
+        losses[step] = float(loss)
+        if step == 1:
+            first.update({fqn: list(calls) for fqn, calls in made.items()})
+        for calls in made.values():
+            calls.clear()
+
+    trainer.metrics_processor.log = log
+    trainer.train()
+    trainer.close()
+    torch.distributed.destroy_process_group()
+    torch.save({"losses": losses, "operands": first}, os.path.join(job["out"], f"{rank}.pt"))
+
+
+def main():
+    torch.set_num_threads(1)
+    cpu_runtime.install()
+    cpu_runtime.patch_moe()
+    for job in torch.load(sys.argv[1]):
+        run(job, int(os.environ["RANK"]))
+
+
+if __name__ == "__main__":
+    main()
