@@ -19,10 +19,28 @@ from functools import lru_cache
 from types import MappingProxyType
 
 from .errors import ConfigError
-from .formats import BLOCK, NVFP4, BlockFormat
+from .formats import BLOCK, MXFP8, MXFP8_FLOOR, NVFP4, NVFP4_46, BlockFormat
 
-FORMATS = MappingProxyType({NVFP4.name: NVFP4})
+_NVFP4S = (NVFP4, NVFP4_46, NVFP4.single_level(), NVFP4_46.single_level())
+FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
+    {fmt.name: fmt for fmt in (*_NVFP4S, MXFP8, MXFP8_FLOOR)}
+)
+"""Element and scale formats by name."""
+
 ROUNDINGS = ("rtne", "sr")
+
+
+def get_format(format: str | BlockFormat) -> BlockFormat:
+    """A format by name, or the format itself.
+
+    Raises:
+        ConfigError: the name is not in `FORMATS`.
+    """
+    if isinstance(format, BlockFormat):
+        return format
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r} is unknown: use one of {', '.join(FORMATS)}")
+    return FORMATS[format]
 
 
 @dataclass(frozen=True)
@@ -31,8 +49,8 @@ class OperandFormat:
 
     Attributes:
         format: Element and scale format.
-        block: (1, 16) or (16, 16); the second number runs along the contraction dim.
-        rounding: "rtne" or "sr".
+        block: (1, 16) or (16, 16) (MXFP8: 32); the second runs along the contraction dim.
+        rounding: "rtne" or "sr" (NVFP4 alone).
         rht: Whether the random Hadamard transform comes first.
     """
 
@@ -42,10 +60,15 @@ class OperandFormat:
     rht: bool = False
 
     def __post_init__(self):
+        name, size = self.format.name, self.format.block
         if self.rounding not in ROUNDINGS:
-            raise ConfigError(f"rounding {self.rounding!r} is unknown: use one of {ROUNDINGS}")
-        if self.block not in ((1, self.format.block), (self.format.block, self.format.block)):
-            raise ConfigError(f"block {self.block} does not fit the format {self.format.name}")
+            raise ConfigError(f"rounding={self.rounding!r} is unknown: use 'rtne' or 'sr'")
+        if self.rounding == "sr" and self.format.codes_per_byte == 1:
+            raise ConfigError(f"{name} has no stochastic rounding: use rounding='rtne'")
+        if self.block not in ((1, size), (size, size)):
+            raise ConfigError(
+                f"block={self.block} is not a block of {name}: use (1, {size}) or ({size}, {size})"
+            )
 
     @property
     def transposable(self) -> bool:
