@@ -8,14 +8,20 @@ The "nvfp4" recipe is NVIDIA's (arXiv 2509.25149, sections 3 and 4): x in 1x16 b
 (so that fprop and dgrad see the same values), SR on both uses of dy and only there, RHT on both
 operands of wgrad and only there. SR on weights or activations diverges; RHT elsewhere hurts.
 
-A new recipe is one entry of `RECIPES`; everything else reads the data.
+A GEMM without a format runs in high precision. dgrad's w and wgrad's x come from the originals
+(each operand is quantized once per contraction dim), or are what the forward multiplied, as
+dequantized: exact for the function that the forward computed, but quantized twice where the GEMM
+has a format of its own.
+
+A new recipe is one entry of `RECIPES`, one line in a TOML's comment and one row in the tests;
+everything else reads the data.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 
 from .errors import ConfigError
@@ -28,6 +34,7 @@ FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
 """Element and scale formats by name."""
 
 ROUNDINGS = ("rtne", "sr")
+GEMMS = ("fprop", "dgrad", "wgrad")
 
 
 def get_format(format: str | BlockFormat) -> BlockFormat:
@@ -99,6 +106,10 @@ class GemmFormat:
     def __post_init__(self):
         if self.left.rht != self.right.rht:
             raise ConfigError("the RHT must be on both operands of a GEMM or on none: it cancels")
+        if self.left.format.block != self.right.format.block:
+            raise ConfigError(
+                f"a GEMM cannot multiply {self.left} by {self.right}: their blocks differ in size"
+            )
 
 
 @dataclass(frozen=True)
@@ -110,70 +121,158 @@ class Recipe:
         fprop: x (left) and w (right).
         dgrad: dy (left) and w (right).
         wgrad: dy (left) and x (right).
+        dequantized: Whether w of dgrad and x of wgrad are fprop's quantized operands, dequantized,
+            and not the originals.
     """
 
     name: str
     fprop: GemmFormat | None = None
     dgrad: GemmFormat | None = None
     wgrad: GemmFormat | None = None
+    dequantized: bool = False
 
     def __post_init__(self):
-        gemms = (self.fprop, self.dgrad, self.wgrad)
-        if any(gemm is None for gemm in gemms) and any(gemm is not None for gemm in gemms):
-            raise ConfigError(f"recipe {self.name!r} mixes quantized and high-precision GEMMs")
+        if self.dequantized and (self.fprop is None or self.fprop.left.rht):
+            raise ConfigError(
+                f"recipe {self.name!r} takes backward operands from the forward's, which must then "
+                "be quantized, and without the RHT"
+            )
+
+    @property
+    def gemms(self) -> tuple[GemmFormat, ...]:
+        """Formats of the quantized GEMMs."""
+        return tuple(gemm for gemm in (self.fprop, self.dgrad, self.wgrad) if gemm is not None)
 
     @property
     def quantized(self) -> bool:
         """Whether any GEMM is quantized."""
-        return self.fprop is not None
+        return bool(self.gemms)
+
+    @cached_property
+    def formats(self) -> frozenset[str]:
+        """Names of the element formats that the recipe uses."""
+        return frozenset(fmt.format.name for gemm in self.gemms for fmt in (gemm.left, gemm.right))
 
     @property
     def needs_key(self) -> bool:
         """Whether any operand is rounded stochastically."""
-        gemms = (gemm for gemm in (self.fprop, self.dgrad, self.wgrad) if gemm is not None)
-        return any("sr" in (gemm.left.rounding, gemm.right.rounding) for gemm in gemms)
+        return any("sr" in (gemm.left.rounding, gemm.right.rounding) for gemm in self.gemms)
 
-    def switched(self, *, rht: bool = True, sr: bool = True, weights_2d: bool = True) -> "Recipe":
-        """This recipe with parts of it turned off: RHT, SR (then RTNE), 16x16 weight blocks."""
-        if not self.quantized or (rht and sr and weights_2d):
+    @property
+    def shares_weight_codes(self) -> bool:
+        """Whether dgrad reads the codes that fprop made of w (16x16 blocks do, 1x16 do not)."""
+        if self.fprop is None or self.dgrad is None:
+            return False
+        return self.fprop.right == self.dgrad.right and self.fprop.right.transposable
+
+    def switched(
+        self,
+        *,
+        rht: bool = True,
+        sr: bool = True,
+        weights_2d: bool = True,
+        tensor_scale: bool = True,
+    ) -> "Recipe":
+        """This recipe with parts of it turned off.
+
+        Args:
+            rht: Off drops the Hadamard transform.
+            sr: Off rounds to nearest.
+            weights_2d: Off quantizes in 1x16 blocks only.
+            tensor_scale: Off drops NVFP4's scale per tensor (a single level of scales).
+        """
+        switches = {"rht": rht, "sr": sr, "weights_2d": weights_2d, "tensor_scale": tensor_scale}
+        off = [name for name, on in switches.items() if not on]
+        if not self.quantized or not off:
             return self
 
         def operand(fmt: OperandFormat) -> OperandFormat:
-            return replace(
-                fmt,
-                rht=fmt.rht and rht,
-                rounding=fmt.rounding if sr else "rtne",
-                block=fmt.block if weights_2d else (1, fmt.format.block),
+            return OperandFormat(
+                fmt.format if tensor_scale else fmt.format.single_level(),
+                fmt.block if weights_2d else (1, fmt.format.block),
+                fmt.rounding if sr else "rtne",
+                fmt.rht and rht,
             )
 
-        def gemm(fmt: GemmFormat) -> GemmFormat:
-            return GemmFormat(operand(fmt.left), operand(fmt.right))
+        def gemm(fmt: GemmFormat | None) -> GemmFormat | None:
+            return fmt and GemmFormat(operand(fmt.left), operand(fmt.right))
 
-        off = [n for n, on in (("rht", rht), ("sr", sr), ("weights_2d", weights_2d)) if not on]
-        return Recipe(
-            f"{self.name} without {', '.join(off)}",
-            gemm(self.fprop),
-            gemm(self.dgrad),
-            gemm(self.wgrad),
+        return replace(
+            self,
+            name=f"{self.name} without {', '.join(off)}",
+            **{name: gemm(getattr(self, name)) for name in GEMMS},
         )
 
+    def with_gemm(self, gemm: str, other: "Recipe") -> "Recipe":
+        """This recipe with one GEMM ("fprop", "dgrad", "wgrad") in another recipe's formats."""
+        fmt = getattr(other, gemm)
+        if fmt == getattr(self, gemm):
+            return self
+        # Without a quantized forward there is nothing to dequantize.
+        dequantized = self.dequantized and not (gemm == "fprop" and fmt is None)
+        changes = {"name": f"{self.name}, {gemm}={other.name}", "dequantized": dequantized}
+        return replace(self, **changes, **{gemm: fmt})
 
-_X = OperandFormat()
-_W = OperandFormat(block=(BLOCK, BLOCK))
-_DY = OperandFormat(rounding="sr")
+
+def _nvfp4(fmt: BlockFormat) -> dict[str, GemmFormat]:
+    """NVIDIA's three GEMMs in an NVFP4 format."""
+    x, w = OperandFormat(fmt), OperandFormat(fmt, (BLOCK, BLOCK))
+    dy = OperandFormat(fmt, rounding="sr")
+    wgrad = GemmFormat(replace(dy, rht=True), replace(x, rht=True))
+    return {"fprop": GemmFormat(x, w), "dgrad": GemmFormat(dy, w), "wgrad": wgrad}
+
+
+def _mxfp8(fmt: BlockFormat) -> dict[str, GemmFormat]:
+    """All three GEMMs in an MXFP8 format, 1x32 blocks along every contraction (torchao)."""
+    operand = OperandFormat(fmt, (1, fmt.block))
+    return dict.fromkeys(GEMMS, GemmFormat(operand, operand))
+
+
+def _forward(gemms: dict[str, GemmFormat]) -> dict[str, GemmFormat]:
+    return {"fprop": gemms["fprop"]}
+
+
+def _backward(gemms: dict[str, GemmFormat]) -> dict[str, GemmFormat]:
+    return {"dgrad": gemms["dgrad"], "wgrad": gemms["wgrad"]}
+
+
+_NVFP4, _MXFP8 = _nvfp4(NVFP4), _mxfp8(MXFP8)
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "nvfp4": Recipe(
-            "nvfp4",
-            fprop=GemmFormat(_X, _W),
-            dgrad=GemmFormat(_DY, _W),
-            wgrad=GemmFormat(replace(_DY, rht=True), replace(_X, rht=True)),
-        ),
-        "bf16": Recipe("bf16"),
+        recipe.name: recipe
+        for recipe in (
+            Recipe("nvfp4", **_NVFP4),
+            Recipe("bf16"),
+            Recipe("nvfp4_46", **_nvfp4(NVFP4_46)),
+            Recipe("nvfp4_mxfp8", **_forward(_NVFP4), **_backward(_MXFP8)),
+            Recipe(
+                "nvfp4_mxfp8_dequantized",
+                **_forward(_NVFP4),
+                **_backward(_MXFP8),
+                dequantized=True,
+            ),
+            Recipe("nvfp4_bf16", **_forward(_NVFP4), dequantized=True),
+            Recipe("nvfp4_bf16_original", **_forward(_NVFP4)),
+            Recipe("bf16_nvfp4", **_backward(_NVFP4)),
+            Recipe("mxfp8", **_MXFP8),
+            Recipe("mxfp8_floor", **_mxfp8(MXFP8_FLOOR)),
+        )
     }
 )
-"""Recipes by the name that TOMLs, rules and the Python API take."""
+"""Recipes by the name that TOMLs, rules and the Python API take.
+
+    nvfp4                    NVIDIA's: all three GEMMs in NVFP4
+    bf16                     high precision
+    nvfp4_46                 the same with four-over-six block scaling (arXiv 2512.02010)
+    nvfp4_mxfp8              fprop in NVFP4; dgrad and wgrad in MXFP8, from the originals
+    nvfp4_mxfp8_dequantized  the same, w and x of the backward from fprop's NVFP4 operands
+    nvfp4_bf16               fprop in NVFP4, backward in high precision over its dequantized
+                             operands: the straight-through QAT forward (torchao's, too)
+    nvfp4_bf16_original      the same over the original x and w
+    bf16_nvfp4               fprop in high precision; dgrad and wgrad in NVFP4
+    mxfp8, mxfp8_floor       all three GEMMs in MXFP8, scales rounded up or down
+"""
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:
@@ -244,6 +343,7 @@ class Selection:
         rht: Whether recipes keep their Hadamard transform.
         sr: Whether recipes keep their stochastic rounding.
         weights_2d: Whether recipes keep their 16x16 weight blocks.
+        tensor_scale: Whether recipes keep NVFP4's scale per tensor.
     """
 
     recipe: Recipe
@@ -253,6 +353,7 @@ class Selection:
     rht: bool = True
     sr: bool = True
     weights_2d: bool = True
+    tensor_scale: bool = True
 
     def __post_init__(self):
         if not 0 <= self.bf16_last_fraction <= 1:
@@ -289,7 +390,12 @@ class Selection:
         return Choice(self._switched(self.recipe), "recipe")
 
     def _switched(self, recipe: Recipe) -> Recipe:
-        return recipe.switched(rht=self.rht, sr=self.sr, weights_2d=self.weights_2d)
+        return recipe.switched(
+            rht=self.rht,
+            sr=self.sr,
+            weights_2d=self.weights_2d,
+            tensor_scale=self.tensor_scale,
+        )
 
 
 def parse_rules(texts: Iterable[str]) -> tuple[Rule, ...]:

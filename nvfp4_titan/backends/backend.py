@@ -14,10 +14,10 @@ from typing import Protocol
 
 import torch
 
+from ..formats import NVFP4
 from ..numerics import QuantizedOperand
-from ..recipe import OperandFormat
+from ..recipe import GEMMS, OperandFormat
 
-GEMMS = ("fprop", "dgrad", "wgrad")
 Operands = tuple[QuantizedOperand | None, QuantizedOperand | None]
 
 
@@ -67,7 +67,8 @@ class Quantize(Protocol):
             cols: Use of t.T, with the contraction along the dim before, or None.
             key: int64 CPU scalar, the layer's SR key.
             offs: Group ends, for grouped activations and gradients.
-            amax: None, or fp32 (2,): amaxes of the two uses, reduced over ranks that share t.
+            amax: None, or fp32 (2,): amaxes of the two uses, reduced over ranks that share t. Not
+                read for formats without a scale per tensor.
             offset: Global (row, column) of t's first element, where t is a shard.
         """
 
@@ -78,7 +79,10 @@ class Amax(Protocol):
     def __call__(
         self, t: torch.Tensor, rows: OperandUse | None, cols: OperandUse | None
     ) -> torch.Tensor:
-        """fp32 (2,): amaxes of t (M, K) for the two uses, 0 where a use is None."""
+        """fp32 (2,): amaxes of t (M, K) for the two uses.
+
+        0 where a use is None, or its format has no scale per tensor.
+        """
 
 
 class MatMul(Protocol):
@@ -93,7 +97,7 @@ class MatMul(Protocol):
         b_transposed: bool = False,
         offs: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(M, columns): a @ b.T of two operands with the contraction last.
+        """(M, columns): a @ b.T of two operands of any two `formats`, with the contraction last.
 
         With `b_transposed`: a @ b, where b was quantized along its last dim in blocks that serve
         both. With `offs` b is (E, ...), and each group multiplies its own; rows of no group give 0.
@@ -115,7 +119,10 @@ class WeightGrad(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """Operations of a backend; the protocols above say what each takes and returns."""
+    """Operations of a backend; the protocols above say what each takes and returns.
+
+    `formats` are the names of the element formats that it quantizes and multiplies.
+    """
 
     name: str
     unavailable: Unavailable
@@ -123,3 +130,4 @@ class Backend:
     amax: Amax
     mm: MatMul
     wgrad: WeightGrad
+    formats: frozenset[str] = frozenset({NVFP4.name})

@@ -56,6 +56,7 @@ def convert(
     rht: bool = True,
     sr: bool = True,
     weights_2d: bool = True,
+    tensor_scale: bool = True,
 ) -> Report:
     """Convert a model in place.
 
@@ -71,6 +72,7 @@ def convert(
         rht: Off drops the Hadamard transform.
         sr: Off rounds gradients to nearest.
         weights_2d: Off quantizes weights in 1x16 blocks.
+        tensor_scale: Off drops NVFP4's scale per tensor.
 
     Returns:
         Report of every linear and expert weight.
@@ -82,7 +84,7 @@ def convert(
     """
     if isinstance(rules, str):
         raise ConfigError(f"rules = {rules!r} must be a list of 'glob=recipe' strings")
-    backend = resolve(backend) if isinstance(backend, str) else backend
+    resolve(backend)
     selection = Selection(
         get_recipe(recipe),
         parse_rules(rules),
@@ -91,6 +93,7 @@ def convert(
         rht,
         sr,
         weights_2d,
+        tensor_scale,
     )
     _check_model(model)
     blocks = _blocks(model)
@@ -113,7 +116,9 @@ def convert(
     return report
 
 
-def _swap(sites: list[_Site], choices: list[Choice], backend: Backend, seed: int) -> None:
+def _swap(sites: list[_Site], choices: list[Choice], backend: str | Backend, seed: int) -> None:
+    used = {choice.recipe for choice in choices if choice.recipe.quantized}
+    backends = {recipe: resolve(backend, recipe) for recipe in used}
     linears: dict[nn.Module, Recipe] = {}
     experts: dict[nn.Module, dict[str, Recipe]] = {}
     for site, choice in zip(sites, choices, strict=True):
@@ -131,10 +136,14 @@ def _swap(sites: list[_Site], choices: list[Choice], backend: Backend, seed: int
     for module, recipe in linears.items():
         if recipe.quantized:
             NVFP4Linear.from_linear(
-                module, recipe=recipe, backend=backend, name=first_names[module][0], seed=seed
+                module,
+                recipe=recipe,
+                backend=backends[recipe],
+                name=first_names[module][0],
+                seed=seed,
             )
     for module, recipes in experts.items():
-        convert_experts(module, recipes, backend, first_names[module][1], seed)
+        convert_experts(module, recipes, backends, first_names[module][1], seed)
 
 
 def _check_model(model: nn.Module) -> None:

@@ -230,20 +230,24 @@ def expert_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def convert_experts(
-    module: nn.Module, recipes: dict[str, Recipe], backend: Backend, fqn: str, seed: int
+    module: nn.Module,
+    recipes: dict[str, Recipe],
+    backends: dict[Recipe, Backend],
+    fqn: str,
+    seed: int,
 ) -> None:
     """Convert a module's expert weights in place.
 
     Args:
         module: Module with `expert_weights`; stays the same object, of a derived class.
         recipes: Quantized recipes by parameter name.
-        backend: The Backend.
+        backends: The Backend of each recipe.
         fqn: The module's FQN in the whole model.
         seed: Seed of stochastic rounding.
     """
     module.__class__ = _wrapping_class(type(module))
     module._wrapping = False
     module._converted = {
-        name: (key_tensor(seed, f"{fqn}.{name}"), recipe, backend)
+        name: (key_tensor(seed, f"{fqn}.{name}"), recipe, backends[recipe])
         for name, recipe in recipes.items()
     }

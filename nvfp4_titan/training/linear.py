@@ -62,8 +62,8 @@ def linear(
 
     Raises:
         ConfigError: unknown recipe, or shapes or dtypes that do not fit.
-        UnsupportedError: the backend cannot run here, or DTensors in a layout that
-            nvfp4_titan.distributed does not know.
+        UnsupportedError: the backend cannot run here or lacks a format, or DTensors in a layout
+            that nvfp4_titan.distributed does not know.
 
     Source: NVIDIA arXiv 2509.25149; the bits are in nvfp4_titan.numerics.
     """
@@ -79,8 +79,7 @@ def linear(
         raise ConfigError(
             f"x {tuple(x.shape)} and w {tuple(w.shape)} do not fit: need (..., K) and (N, K)"
         )
-    if isinstance(backend, str):
-        backend = resolve(backend)
+    backend = resolve(backend, recipe)
     key = DEFAULT_KEY if key is None else key
     check_operands(x, w)
     options = (key, recipe, backend)
@@ -136,7 +135,7 @@ class NVFP4Linear(nn.Linear):
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe = get_recipe(recipe)
-        self.backend = resolve(backend) if isinstance(backend, str) else backend
+        self.backend = resolve(backend, self.recipe)
         self.key = key_tensor(seed, name)
 
     @classmethod
