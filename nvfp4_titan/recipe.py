@@ -264,7 +264,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
     nvfp4                    NVIDIA's: all three GEMMs in NVFP4
     bf16                     high precision
-    nvfp4_46                 the same with four-over-six block scaling (arXiv 2512.02010)
+    nvfp4_46                 nvfp4 with four-over-six block scaling (arXiv 2512.02010)
     nvfp4_mxfp8              fprop in NVFP4; dgrad and wgrad in MXFP8, from the originals
     nvfp4_mxfp8_dequantized  the same, w and x of the backward from fprop's NVFP4 operands
     nvfp4_bf16               fprop in NVFP4, backward in high precision over its dequantized
@@ -399,5 +399,78 @@ class Selection:
 
 
 def parse_rules(texts: Iterable[str]) -> tuple[Rule, ...]:
-    """Rules from "glob=recipe" strings; empty strings are ignored (an empty list)."""
-    return tuple(Rule.parse(text) for text in texts if text.strip())
+    """Rules from "glob=recipe" strings; empty strings are ignored (an empty list).
+
+    Raises:
+        ConfigError: a malformed rule, or one glob with two recipes.
+    """
+    rules = tuple(Rule.parse(text) for text in texts if text.strip())
+    recipes: dict[str, str] = {}
+    for rule in rules:
+        if recipes.setdefault(rule.glob, rule.recipe) != rule.recipe:
+            raise ConfigError(
+                f"rules conflict: {rule.glob!r} is to get {recipes[rule.glob]!r} and "
+                f"{rule.recipe!r}: keep one of them"
+            )
+    return rules
+
+
+@dataclass(frozen=True)
+class Change:
+    """From a step on, one GEMM of every converted module runs in another recipe's formats.
+
+    Attributes:
+        first_step: First step that the change holds for; torchtitan counts from 1.
+        gemm: "fprop", "dgrad" or "wgrad".
+        recipe: Name of the recipe that the GEMM's formats are taken from.
+    """
+
+    first_step: int
+    gemm: str
+    recipe: str
+
+    @staticmethod
+    def parse(text: str, steps: int) -> "Change":
+        """From "point:gemm=recipe" and the number of training steps.
+
+        The point is what has been done before the change: a fraction of the steps, rounded down,
+        below 1; else a number of steps. "0.82:fprop=bf16" of 100 steps begins with step 83.
+
+        Raises:
+            ConfigError: malformed, an unknown GEMM or recipe, or a point that is never reached.
+        """
+        point, colon, change = (part.strip() for part in text.partition(":"))
+        gemm, equals, recipe = (part.strip() for part in change.partition("="))
+        try:
+            after = float(point)
+        except ValueError:
+            after = math.nan
+        whole = after < 1 or after == after // 1
+        if not (colon and equals and after >= 0 and whole) or gemm not in GEMMS:
+            raise ConfigError(
+                f"schedule {text!r} is not of the form 'fraction:gemm=recipe', with a fraction of "
+                f"the steps (or a number of them), and one of {', '.join(GEMMS)}"
+            )
+        get_recipe(recipe)
+        # 0.82 * 50 must give 41, whatever the last bit of the product.
+        done = math.floor(after * steps + 1e-9) if after < 1 else int(after)
+        if done >= steps:
+            raise ConfigError(f"schedule {text!r} is never reached: training has {steps} steps")
+        return Change(done + 1, gemm, recipe)
+
+
+def parse_schedule(texts: Iterable[str], steps: int) -> tuple[Change, ...]:
+    """Changes by step from "point:gemm=recipe" strings; empty strings are ignored.
+
+    Raises:
+        ConfigError: a malformed change, or two of one GEMM at the same step.
+    """
+    changes = [Change.parse(text, steps) for text in texts if text.strip()]
+    for i, change in enumerate(changes):
+        for other in changes[:i]:
+            if (other.first_step, other.gemm) == (change.first_step, change.gemm):
+                raise ConfigError(
+                    f"schedule changes {change.gemm} twice at step {change.first_step}: to "
+                    f"{other.recipe!r} and to {change.recipe!r}"
+                )
+    return tuple(sorted(changes, key=lambda change: change.first_step))

@@ -15,6 +15,7 @@ wrapped while its forward runs.
 An operation that would drop the subclass raises: experts never fall back silently.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -176,6 +177,17 @@ class WrappingExperts:
             return super().forward(*args, **kwargs)
         finally:
             self._wrapping = False
+
+    def recipes(self) -> list[tuple[Recipe, Backend]]:
+        """What each converted weight runs in."""
+        return [(recipe, backend) for _, recipe, backend in self._converted.values()]
+
+    def change_recipe(self, change: Callable[[Recipe], Recipe]) -> None:
+        """Run every converted weight in change(recipe) from now on."""
+        self._converted = {
+            name: (key, change(recipe), backend)
+            for name, (key, recipe, backend) in self._converted.items()
+        }
 
     def __getattr__(self, name: str):
         value = super().__getattr__(name)

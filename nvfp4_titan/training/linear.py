@@ -1,5 +1,7 @@
 """`linear`, the NVFP4 counterpart of torch.nn.functional.linear, and its module."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -150,6 +152,14 @@ class NVFP4Linear(nn.Linear):
         module.recipe, module.backend = recipe, backend
         module.key = key_tensor(seed, name)
         return module
+
+    def recipes(self) -> list[tuple[Recipe, Backend]]:
+        """What it runs in, as converted experts list theirs."""
+        return [(self.recipe, self.backend)]
+
+    def change_recipe(self, change: Callable[[Recipe], Recipe]) -> None:
+        """Run in change(recipe) from now on."""
+        self.recipe = change(self.recipe)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N); see `linear`."""
