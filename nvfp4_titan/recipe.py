@@ -8,21 +8,46 @@ The "nvfp4" recipe is NVIDIA's (arXiv 2509.25149, sections 3 and 4): x in 1x16 b
 (so that fprop and dgrad see the same values), SR on both uses of dy and only there, RHT on both
 operands of wgrad and only there. SR on weights or activations diverges; RHT elsewhere hurts.
 
-A new recipe is one entry of `RECIPES`; everything else reads the data.
+A GEMM without a format runs in high precision. dgrad's w and wgrad's x come from the originals
+(each operand is quantized once per contraction dim), or are what the forward multiplied, as
+dequantized: exact for the function that the forward computed, but quantized twice where the GEMM
+has a format of its own.
+
+A new recipe is one entry of `RECIPES`, one line in a TOML's comment and one row in the tests;
+everything else reads the data.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 
 from .errors import ConfigError
-from .formats import BLOCK, NVFP4, BlockFormat
+from .formats import BLOCK, MXFP8, MXFP8_FLOOR, NVFP4, NVFP4_46, BlockFormat
 
-FORMATS = MappingProxyType({NVFP4.name: NVFP4})
+_NVFP4S = (NVFP4, NVFP4_46, NVFP4.single_level(), NVFP4_46.single_level())
+FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
+    {fmt.name: fmt for fmt in (*_NVFP4S, MXFP8, MXFP8_FLOOR)}
+)
+"""Element and scale formats by name."""
+
 ROUNDINGS = ("rtne", "sr")
+GEMMS = ("fprop", "dgrad", "wgrad")
+
+
+def get_format(format: str | BlockFormat) -> BlockFormat:
+    """A format by name, or the format itself.
+
+    Raises:
+        ConfigError: the name is not in `FORMATS`.
+    """
+    if isinstance(format, BlockFormat):
+        return format
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r} is unknown: use one of {', '.join(FORMATS)}")
+    return FORMATS[format]
 
 
 @dataclass(frozen=True)
@@ -31,8 +56,8 @@ class OperandFormat:
 
     Attributes:
         format: Element and scale format.
-        block: (1, 16) or (16, 16); the second number runs along the contraction dim.
-        rounding: "rtne" or "sr".
+        block: (1, 16) or (16, 16) (MXFP8: 32); the second runs along the contraction dim.
+        rounding: "rtne" or "sr" (NVFP4 alone).
         rht: Whether the random Hadamard transform comes first.
     """
 
@@ -42,10 +67,15 @@ class OperandFormat:
     rht: bool = False
 
     def __post_init__(self):
+        name, size = self.format.name, self.format.block
         if self.rounding not in ROUNDINGS:
-            raise ConfigError(f"rounding {self.rounding!r} is unknown: use one of {ROUNDINGS}")
-        if self.block not in ((1, self.format.block), (self.format.block, self.format.block)):
-            raise ConfigError(f"block {self.block} does not fit the format {self.format.name}")
+            raise ConfigError(f"rounding={self.rounding!r} is unknown: use 'rtne' or 'sr'")
+        if self.rounding == "sr" and self.format.codes_per_byte == 1:
+            raise ConfigError(f"{name} has no stochastic rounding: use rounding='rtne'")
+        if self.block not in ((1, size), (size, size)):
+            raise ConfigError(
+                f"block={self.block} is not a block of {name}: use (1, {size}) or ({size}, {size})"
+            )
 
     @property
     def transposable(self) -> bool:
@@ -76,6 +106,10 @@ class GemmFormat:
     def __post_init__(self):
         if self.left.rht != self.right.rht:
             raise ConfigError("the RHT must be on both operands of a GEMM or on none: it cancels")
+        if self.left.format.block != self.right.format.block:
+            raise ConfigError(
+                f"a GEMM cannot multiply {self.left} by {self.right}: their blocks differ in size"
+            )
 
 
 @dataclass(frozen=True)
@@ -87,70 +121,158 @@ class Recipe:
         fprop: x (left) and w (right).
         dgrad: dy (left) and w (right).
         wgrad: dy (left) and x (right).
+        dequantized: Whether w of dgrad and x of wgrad are fprop's quantized operands, dequantized,
+            and not the originals.
     """
 
     name: str
     fprop: GemmFormat | None = None
     dgrad: GemmFormat | None = None
     wgrad: GemmFormat | None = None
+    dequantized: bool = False
 
     def __post_init__(self):
-        gemms = (self.fprop, self.dgrad, self.wgrad)
-        if any(gemm is None for gemm in gemms) and any(gemm is not None for gemm in gemms):
-            raise ConfigError(f"recipe {self.name!r} mixes quantized and high-precision GEMMs")
+        if self.dequantized and (self.fprop is None or self.fprop.left.rht):
+            raise ConfigError(
+                f"recipe {self.name!r} takes backward operands from the forward's, which must then "
+                "be quantized, and without the RHT"
+            )
+
+    @property
+    def gemms(self) -> tuple[GemmFormat, ...]:
+        """Formats of the quantized GEMMs."""
+        return tuple(gemm for gemm in (self.fprop, self.dgrad, self.wgrad) if gemm is not None)
 
     @property
     def quantized(self) -> bool:
         """Whether any GEMM is quantized."""
-        return self.fprop is not None
+        return bool(self.gemms)
+
+    @cached_property
+    def formats(self) -> frozenset[str]:
+        """Names of the element formats that the recipe uses."""
+        return frozenset(fmt.format.name for gemm in self.gemms for fmt in (gemm.left, gemm.right))
 
     @property
     def needs_key(self) -> bool:
         """Whether any operand is rounded stochastically."""
-        gemms = (gemm for gemm in (self.fprop, self.dgrad, self.wgrad) if gemm is not None)
-        return any("sr" in (gemm.left.rounding, gemm.right.rounding) for gemm in gemms)
+        return any("sr" in (gemm.left.rounding, gemm.right.rounding) for gemm in self.gemms)
 
-    def switched(self, *, rht: bool = True, sr: bool = True, weights_2d: bool = True) -> "Recipe":
-        """This recipe with parts of it turned off: RHT, SR (then RTNE), 16x16 weight blocks."""
-        if not self.quantized or (rht and sr and weights_2d):
+    @property
+    def shares_weight_codes(self) -> bool:
+        """Whether dgrad reads the codes that fprop made of w (16x16 blocks do, 1x16 do not)."""
+        if self.fprop is None or self.dgrad is None:
+            return False
+        return self.fprop.right == self.dgrad.right and self.fprop.right.transposable
+
+    def switched(
+        self,
+        *,
+        rht: bool = True,
+        sr: bool = True,
+        weights_2d: bool = True,
+        tensor_scale: bool = True,
+    ) -> "Recipe":
+        """This recipe with parts of it turned off.
+
+        Args:
+            rht: Off drops the Hadamard transform.
+            sr: Off rounds to nearest.
+            weights_2d: Off quantizes in 1x16 blocks only.
+            tensor_scale: Off drops NVFP4's scale per tensor (a single level of scales).
+        """
+        switches = {"rht": rht, "sr": sr, "weights_2d": weights_2d, "tensor_scale": tensor_scale}
+        off = [name for name, on in switches.items() if not on]
+        if not self.quantized or not off:
             return self
 
         def operand(fmt: OperandFormat) -> OperandFormat:
-            return replace(
-                fmt,
-                rht=fmt.rht and rht,
-                rounding=fmt.rounding if sr else "rtne",
-                block=fmt.block if weights_2d else (1, fmt.format.block),
+            return OperandFormat(
+                fmt.format if tensor_scale else fmt.format.single_level(),
+                fmt.block if weights_2d else (1, fmt.format.block),
+                fmt.rounding if sr else "rtne",
+                fmt.rht and rht,
             )
 
-        def gemm(fmt: GemmFormat) -> GemmFormat:
-            return GemmFormat(operand(fmt.left), operand(fmt.right))
+        def gemm(fmt: GemmFormat | None) -> GemmFormat | None:
+            return fmt and GemmFormat(operand(fmt.left), operand(fmt.right))
 
-        off = [n for n, on in (("rht", rht), ("sr", sr), ("weights_2d", weights_2d)) if not on]
-        return Recipe(
-            f"{self.name} without {', '.join(off)}",
-            gemm(self.fprop),
-            gemm(self.dgrad),
-            gemm(self.wgrad),
+        return replace(
+            self,
+            name=f"{self.name} without {', '.join(off)}",
+            **{name: gemm(getattr(self, name)) for name in GEMMS},
         )
 
+    def with_gemm(self, gemm: str, other: "Recipe") -> "Recipe":
+        """This recipe with one GEMM ("fprop", "dgrad", "wgrad") in another recipe's formats."""
+        fmt = getattr(other, gemm)
+        if fmt == getattr(self, gemm):
+            return self
+        # Without a quantized forward there is nothing to dequantize.
+        dequantized = self.dequantized and not (gemm == "fprop" and fmt is None)
+        changes = {"name": f"{self.name}, {gemm}={other.name}", "dequantized": dequantized}
+        return replace(self, **changes, **{gemm: fmt})
 
-_X = OperandFormat()
-_W = OperandFormat(block=(BLOCK, BLOCK))
-_DY = OperandFormat(rounding="sr")
+
+def _nvfp4(fmt: BlockFormat) -> dict[str, GemmFormat]:
+    """NVIDIA's three GEMMs in an NVFP4 format."""
+    x, w = OperandFormat(fmt), OperandFormat(fmt, (BLOCK, BLOCK))
+    dy = OperandFormat(fmt, rounding="sr")
+    wgrad = GemmFormat(replace(dy, rht=True), replace(x, rht=True))
+    return {"fprop": GemmFormat(x, w), "dgrad": GemmFormat(dy, w), "wgrad": wgrad}
+
+
+def _mxfp8(fmt: BlockFormat) -> dict[str, GemmFormat]:
+    """All three GEMMs in an MXFP8 format, 1x32 blocks along every contraction (torchao)."""
+    operand = OperandFormat(fmt, (1, fmt.block))
+    return dict.fromkeys(GEMMS, GemmFormat(operand, operand))
+
+
+def _forward(gemms: dict[str, GemmFormat]) -> dict[str, GemmFormat]:
+    return {"fprop": gemms["fprop"]}
+
+
+def _backward(gemms: dict[str, GemmFormat]) -> dict[str, GemmFormat]:
+    return {"dgrad": gemms["dgrad"], "wgrad": gemms["wgrad"]}
+
+
+_NVFP4, _MXFP8 = _nvfp4(NVFP4), _mxfp8(MXFP8)
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "nvfp4": Recipe(
-            "nvfp4",
-            fprop=GemmFormat(_X, _W),
-            dgrad=GemmFormat(_DY, _W),
-            wgrad=GemmFormat(replace(_DY, rht=True), replace(_X, rht=True)),
-        ),
-        "bf16": Recipe("bf16"),
+        recipe.name: recipe
+        for recipe in (
+            Recipe("nvfp4", **_NVFP4),
+            Recipe("bf16"),
+            Recipe("nvfp4_46", **_nvfp4(NVFP4_46)),
+            Recipe("nvfp4_mxfp8", **_forward(_NVFP4), **_backward(_MXFP8)),
+            Recipe(
+                "nvfp4_mxfp8_dequantized",
+                **_forward(_NVFP4),
+                **_backward(_MXFP8),
+                dequantized=True,
+            ),
+            Recipe("nvfp4_bf16", **_forward(_NVFP4), dequantized=True),
+            Recipe("nvfp4_bf16_original", **_forward(_NVFP4)),
+            Recipe("bf16_nvfp4", **_backward(_NVFP4)),
+            Recipe("mxfp8", **_MXFP8),
+            Recipe("mxfp8_floor", **_mxfp8(MXFP8_FLOOR)),
+        )
     }
 )
-"""Recipes by the name that TOMLs, rules and the Python API take."""
+"""Recipes by the name that TOMLs, rules and the Python API take.
+
+    nvfp4                    NVIDIA's: all three GEMMs in NVFP4
+    bf16                     high precision
+    nvfp4_46                 nvfp4 with four-over-six block scaling (arXiv 2512.02010)
+    nvfp4_mxfp8              fprop in NVFP4; dgrad and wgrad in MXFP8, from the originals
+    nvfp4_mxfp8_dequantized  the same, w and x of the backward from fprop's NVFP4 operands
+    nvfp4_bf16               fprop in NVFP4, backward in high precision over its dequantized
+                             operands: the straight-through QAT forward (torchao's, too)
+    nvfp4_bf16_original      the same over the original x and w
+    bf16_nvfp4               fprop in high precision; dgrad and wgrad in NVFP4
+    mxfp8, mxfp8_floor       all three GEMMs in MXFP8, scales rounded up or down
+"""
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:
@@ -221,6 +343,7 @@ class Selection:
         rht: Whether recipes keep their Hadamard transform.
         sr: Whether recipes keep their stochastic rounding.
         weights_2d: Whether recipes keep their 16x16 weight blocks.
+        tensor_scale: Whether recipes keep NVFP4's scale per tensor.
     """
 
     recipe: Recipe
@@ -230,6 +353,7 @@ class Selection:
     rht: bool = True
     sr: bool = True
     weights_2d: bool = True
+    tensor_scale: bool = True
 
     def __post_init__(self):
         if not 0 <= self.bf16_last_fraction <= 1:
@@ -266,9 +390,87 @@ class Selection:
         return Choice(self._switched(self.recipe), "recipe")
 
     def _switched(self, recipe: Recipe) -> Recipe:
-        return recipe.switched(rht=self.rht, sr=self.sr, weights_2d=self.weights_2d)
+        return recipe.switched(
+            rht=self.rht,
+            sr=self.sr,
+            weights_2d=self.weights_2d,
+            tensor_scale=self.tensor_scale,
+        )
 
 
 def parse_rules(texts: Iterable[str]) -> tuple[Rule, ...]:
-    """Rules from "glob=recipe" strings; empty strings are ignored (an empty list)."""
-    return tuple(Rule.parse(text) for text in texts if text.strip())
+    """Rules from "glob=recipe" strings; empty strings are ignored (an empty list).
+
+    Raises:
+        ConfigError: a malformed rule, or one glob with two recipes.
+    """
+    rules = tuple(Rule.parse(text) for text in texts if text.strip())
+    recipes: dict[str, str] = {}
+    for rule in rules:
+        if recipes.setdefault(rule.glob, rule.recipe) != rule.recipe:
+            raise ConfigError(
+                f"rules conflict: {rule.glob!r} is to get {recipes[rule.glob]!r} and "
+                f"{rule.recipe!r}: keep one of them"
+            )
+    return rules
+
+
+@dataclass(frozen=True)
+class Change:
+    """From a step on, one GEMM of every converted module runs in another recipe's formats.
+
+    Attributes:
+        first_step: First step that the change holds for; torchtitan counts from 1.
+        gemm: "fprop", "dgrad" or "wgrad".
+        recipe: Name of the recipe that the GEMM's formats are taken from.
+    """
+
+    first_step: int
+    gemm: str
+    recipe: str
+
+    @staticmethod
+    def parse(text: str, steps: int) -> "Change":
+        """From "point:gemm=recipe" and the number of training steps.
+
+        The point is what has been done before the change: a fraction of the steps, rounded down,
+        below 1; else a number of steps. "0.82:fprop=bf16" of 100 steps begins with step 83.
+
+        Raises:
+            ConfigError: malformed, an unknown GEMM or recipe, or a point that is never reached.
+        """
+        point, colon, change = (part.strip() for part in text.partition(":"))
+        gemm, equals, recipe = (part.strip() for part in change.partition("="))
+        try:
+            after = float(point)
+        except ValueError:
+            after = math.nan
+        whole = after < 1 or after == after // 1
+        if not (colon and equals and after >= 0 and whole) or gemm not in GEMMS:
+            raise ConfigError(
+                f"schedule {text!r} is not of the form 'fraction:gemm=recipe', with a fraction of "
+                f"the steps (or a number of them), and one of {', '.join(GEMMS)}"
+            )
+        get_recipe(recipe)
+        # 0.82 * 50 must give 41, whatever the last bit of the product.
+        done = math.floor(after * steps + 1e-9) if after < 1 else int(after)
+        if done >= steps:
+            raise ConfigError(f"schedule {text!r} is never reached: training has {steps} steps")
+        return Change(done + 1, gemm, recipe)
+
+
+def parse_schedule(texts: Iterable[str], steps: int) -> tuple[Change, ...]:
+    """Changes by step from "point:gemm=recipe" strings; empty strings are ignored.
+
+    Raises:
+        ConfigError: a malformed change, or two of one GEMM at the same step.
+    """
+    changes = [Change.parse(text, steps) for text in texts if text.strip()]
+    for i, change in enumerate(changes):
+        for other in changes[:i]:
+            if (other.first_step, other.gemm) == (change.first_step, change.gemm):
+                raise ConfigError(
+                    f"schedule changes {change.gemm} twice at step {change.first_step}: to "
+                    f"{other.recipe!r} and to {change.recipe!r}"
+                )
+    return tuple(sorted(changes, key=lambda change: change.first_step))

@@ -11,7 +11,7 @@ from pathlib import Path
 import tyro
 
 from nvfp4_titan.convergence import compare, read_run
-from nvfp4_titan.convergence.plot import plot_losses
+from nvfp4_titan.convergence.results import write_results
 from nvfp4_titan.errors import UserError
 
 
@@ -29,19 +29,7 @@ def main(control: tyro.conf.Positional[Path], run: tyro.conf.Positional[Path], o
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    keys = ("device", "threads", "python", "versions", "corpus_sha256", "tokenizer_sha256")
-    result = {
-        **figures,
-        **{key: other.record[key] for key in keys},
-        "commands": [" ".join(r.record["command"][1:]) for r in (reference, other)],
-        "train_loss": {"control": reference.train, "run": other.train},
-        "validation": {"control": reference.validation, "run": other.validation},
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    config = other.record["config"]["model"]
-    title = f"{config['name']} {config['flavor']}, {other.record['device']}"
-    plot_losses({"control": reference, "NVFP4": other}, title, output.with_suffix(".png"))
+    write_results(output, figures, {"control": reference, "run": other})
     print(json.dumps(figures, indent=1))
     return 0
 

@@ -7,6 +7,7 @@ from types import MappingProxyType
 import torch
 
 from ..errors import ConfigError, UnsupportedError
+from ..recipe import Recipe
 from .backend import Backend, OperandUse, stream
 from .reference import REFERENCE
 
@@ -20,33 +21,54 @@ _logger = logging.getLogger(__name__)
 _announced: set[str] = set()
 
 
-def resolve(name: str) -> Backend:
+def resolve(backend: str | Backend, recipe: Recipe | None = None) -> Backend:
     """The backend that a name stands for on this machine.
 
     Args:
-        name: "auto" (the fastest that runs here; its choice is logged once), or a backend's name.
+        backend: "auto" (the fastest that runs here and has the recipe's formats; its choice is
+            logged once), a backend's name, or a Backend (only its formats are checked: this is
+            called for every GEMM).
+        recipe: What it is to run; None asks for no format.
 
     Raises:
         ConfigError: the name is unknown.
-        UnsupportedError: the backend cannot run here; the message says why and names one that can.
+        UnsupportedError: the backend cannot run here, or lacks a format; the message says why and
+            names one that can.
     """
-    if name == "auto":
+    formats = recipe.formats if recipe else frozenset()
+    if backend == "auto":
         for candidate in AUTO_ORDER:
-            if candidate in BACKENDS and BACKENDS[candidate].unavailable() is None:
+            if candidate in BACKENDS and _obstacle(BACKENDS[candidate], formats) is None:
                 # A compiler cannot trace a log call; the eager start of a run logs it.
                 if not torch.compiler.is_compiling() and candidate not in _announced:
                     _announced.add(candidate)
                     _logger.info("NVFP4 backend 'auto' picked '%s'", candidate)
                 return BACKENDS[candidate]
-    if name not in BACKEND_NAMES:
-        raise ConfigError(f"backend {name!r} is unknown: use one of {', '.join(BACKEND_NAMES)}")
-    if name not in BACKENDS:
-        raise UnsupportedError(
-            f"backend '{name}' is not part of this nvfp4_titan: use backend = 'reference'"
-        )
-    reason = BACKENDS[name].unavailable()
+    if isinstance(backend, str):
+        if backend not in BACKEND_NAMES:
+            names = ", ".join(BACKEND_NAMES)
+            raise ConfigError(f"backend {backend!r} is unknown: use one of {names}")
+        if backend not in BACKENDS:
+            raise UnsupportedError(
+                f"backend '{backend}' is not part of this nvfp4_titan: use backend = 'reference'"
+            )
+        backend = BACKENDS[backend]
+        reason = _obstacle(backend, formats)
+    else:
+        reason = _missing(backend, formats)
     if reason is not None:
         raise UnsupportedError(
-            f"backend '{name}' cannot run here: {reason}; use backend = 'reference'"
+            f"backend '{backend.name}' cannot run here: {reason}; use backend = 'reference'"
         )
-    return BACKENDS[name]
+    return backend
+
+
+def _obstacle(backend: Backend, formats: frozenset[str]) -> str | None:
+    """Why a backend cannot run formats here; None where it can."""
+    return _missing(backend, formats) or backend.unavailable()
+
+
+def _missing(backend: Backend, formats: frozenset[str]) -> str | None:
+    if formats <= backend.formats:
+        return None
+    return f"it lacks the formats {', '.join(sorted(formats - backend.formats))}"

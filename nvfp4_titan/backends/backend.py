@@ -14,10 +14,10 @@ from typing import Protocol
 
 import torch
 
+from ..formats import NVFP4
 from ..numerics import QuantizedOperand
-from ..recipe import OperandFormat
+from ..recipe import GEMMS, OperandFormat
 
-GEMMS = ("fprop", "dgrad", "wgrad")
 Operands = tuple[QuantizedOperand | None, QuantizedOperand | None]
 
 
@@ -68,7 +68,7 @@ class Quantize(Protocol):
             key: int64 CPU scalar, the layer's SR key.
             offs: Group ends, for grouped activations and gradients.
             amax: None, or fp32 amaxes of the two uses, reduced over ranks that share t: (2,), or
-                (2, E) where t is grouped.
+                (2, E) where t is grouped. Not read for formats without a scale per tensor.
             offset: Global (row, column) of t's first element (of each expert's), where t is a
                 shard.
         """
@@ -84,7 +84,10 @@ class Amax(Protocol):
         cols: OperandUse | None,
         offs: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """fp32 (2,), or (2, E) where t is grouped: amaxes of the two uses, 0 for a use of None."""
+        """fp32 (2,), or (2, E) where t is grouped: amaxes of the two uses.
+
+        0 where a use is None, or its format has no scale per tensor.
+        """
 
 
 class MatMul(Protocol):
@@ -99,7 +102,7 @@ class MatMul(Protocol):
         b_transposed: bool = False,
         offs: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(M, columns): a @ b.T of two operands with the contraction last.
+        """(M, columns): a @ b.T of two operands of any two `formats`, with the contraction last.
 
         With `b_transposed`: a @ b, where b was quantized along its last dim in blocks that serve
         both. With `offs` b is (E, ...), and each group multiplies its own; rows of no group give 0.
@@ -128,15 +131,23 @@ class WeightShape(Protocol):
 
 @dataclass(frozen=True)
 class GemmOp:
-    """The custom op behind ungrouped `MatMul`: what selective checkpointing knows it by."""
+    """The custom op behind ungrouped `MatMul`: what selective checkpointing knows it by.
 
-    op: torch._ops.OpOverload
+    Attributes:
+        op: Its name with namespace (an OpOverload does not pickle).
+        weight_shape: Reads (K, N) off its arguments.
+    """
+
+    op: str
     weight_shape: WeightShape
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Operations of a backend; the protocols above say what each takes and returns."""
+    """Operations of a backend; the protocols above say what each takes and returns.
+
+    `formats` are the names of the element formats that it quantizes and multiplies.
+    """
 
     name: str
     unavailable: Unavailable
@@ -145,3 +156,4 @@ class Backend:
     mm: MatMul
     wgrad: WeightGrad
     gemm: GemmOp
+    formats: frozenset[str] = frozenset({NVFP4.name})

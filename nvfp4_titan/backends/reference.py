@@ -3,6 +3,7 @@
 import torch
 
 from ..numerics import QuantizedOperand
+from ..recipe import FORMATS
 from . import reference_grouped_ops as grouped_ops
 from . import reference_ops as ops
 from .backend import Backend, GemmOp, Operands, OperandUse
@@ -35,9 +36,23 @@ def _quantize(
     else:
         outputs = ops.quantize(t, *specs, streams, key, amax, list(offset))
     amaxes = outputs[4]
-    row_operand = QuantizedOperand(outputs[0], outputs[1], amaxes[0], sizes[0])
-    col_operand = QuantizedOperand(outputs[2], outputs[3], amaxes[1], sizes[1])
-    return row_operand if rows else None, col_operand if cols else None
+    return (
+        _operand(rows, *outputs[0:2], amaxes[0], sizes[0]),
+        _operand(cols, *outputs[2:4], amaxes[1], sizes[1]),
+    )
+
+
+def _operand(
+    use: OperandUse | None,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    amax: torch.Tensor,
+    size: int,
+) -> QuantizedOperand | None:
+    if use is None:
+        return None
+    fmt = use.format.format
+    return QuantizedOperand(codes, scale, amax if fmt.tensor_scale else None, size, fmt)
 
 
 def _amax(
@@ -52,8 +67,10 @@ def _amax(
     return ops.amax(t, *specs)
 
 
-def _fields(operand: QuantizedOperand) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return operand.codes, operand.block_scale, operand.amax
+def _fields(a: QuantizedOperand, b: QuantizedOperand) -> tuple:
+    """Two operands as the ops take them: the tensors of each, and "format,format"."""
+    tensors = (a.codes, a.block_scale, a.amax, b.codes, b.block_scale, b.amax)
+    return *tensors, f"{a.format.name},{b.format.name}"
 
 
 def _mm(
@@ -64,16 +81,17 @@ def _mm(
     b_transposed: bool = False,
     offs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    operands = (*_fields(a), *_fields(b))
+    operands = _fields(a, b)
     if offs is not None:
         return grouped_ops.grouped_mm(*operands, offs, columns, out_dtype, b_transposed)
     return ops.mm(*operands, columns, out_dtype, b_transposed)
 
 
 def _weight_shape(
-    a_codes: torch.Tensor, a_scale, a_amax, b_codes, b_scale, b_amax, columns: int, *_
+    a_codes: torch.Tensor, a_scale, a_amax, b_codes, b_scale, b_amax, formats, columns: int, *_
 ) -> tuple[int, int]:
-    return a_codes.shape[1] * 2, columns
+    a_format = FORMATS[formats.partition(",")[0]]
+    return a_codes.shape[1] * a_format.codes_per_byte, columns
 
 
 def _wgrad(
@@ -82,7 +100,7 @@ def _wgrad(
     out_dtype: torch.dtype,
     offs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    operands = (*_fields(dy), *_fields(x))
+    operands = _fields(dy, x)
     if offs is not None:
         return grouped_ops.grouped_wgrad(*operands, offs, out_dtype)
     return ops.mm(*operands, x.codes.shape[0], out_dtype, False)
@@ -99,5 +117,6 @@ REFERENCE = Backend(
     amax=_amax,
     mm=_mm,
     wgrad=_wgrad,
-    gemm=GemmOp(torch.ops.nvfp4_titan.reference_mm.default, _weight_shape),
+    gemm=GemmOp("nvfp4_titan::reference_mm", _weight_shape),
+    formats=frozenset(FORMATS),
 )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..errors import ConfigError
+from ..formats import BLOCK
 from ..numerics.grouped import (
     GroupLayout,
     expert_amaxes,
@@ -20,17 +21,24 @@ from ..numerics.grouped import (
     token_amaxes,
 )
 from ..recipe import OperandFormat
-from .reference_ops import FIVE_TENSORS, fake_operand, gemm_values, multiply, no_operand
+from .reference_ops import (
+    FIVE_TENSORS,
+    fake_operand,
+    gemm_values,
+    multiply,
+    no_operand,
+    operand_formats,
+)
 
 
 @torch.library.custom_op("nvfp4_titan::reference_grouped_amax", mutates_args=())
 def grouped_amax(t: torch.Tensor, offs: torch.Tensor | None, rows: str, cols: str) -> torch.Tensor:
     """Amaxes (2, E) of the two uses of tokens (M, K), with offs, or of experts (E, N, K)."""
     groups = t.shape[0] if offs is None else offs.shape[0]
-    layout = None if offs is None else _layout(offs, t.shape[0])
+    layout = None if offs is None else _layout(offs, t.shape[0], _block(cols))
     amaxes = t.new_zeros((2, groups), dtype=torch.float32)
     for i, spec in enumerate((rows, cols)):
-        if not spec:
+        if not spec or not OperandFormat.parse(spec).format.tensor_scale:
             continue
         fmt = OperandFormat.parse(spec)
         if layout is None:
@@ -59,7 +67,7 @@ def quantize_tokens_op(
 ) -> FIVE_TENSORS:
     """Quantize t (M, K) group by group, along K (rows) and along tokens (cols)."""
     groups = offs.shape[0]
-    layout = _layout(offs, t.shape[0])
+    layout = _layout(offs, t.shape[0], _block(cols))
 
     def quantize(fmt, bits, stream, transpose, amax):
         return quantize_tokens(
@@ -71,9 +79,9 @@ def quantize_tokens_op(
 
 @quantize_tokens_op.register_fake
 def _(t, offs, rows, cols, streams, key, amax, first_column):
-    row_use = fake_operand(t, *t.shape) if rows else no_operand(t)
-    slots = padded_rows(t.shape[0], offs.shape[0])
-    col_use = fake_operand(t, t.shape[1], slots) if cols else no_operand(t)
+    row_use = fake_operand(t, rows, *t.shape)
+    slots = padded_rows(t.shape[0], offs.shape[0], _block(cols))
+    col_use = fake_operand(t, cols, t.shape[1], slots)
     return (*row_use, *col_use, t.new_empty((2, offs.shape[0]), dtype=torch.float32))
 
 
@@ -98,8 +106,7 @@ def quantize_experts_op(
 @quantize_experts_op.register_fake
 def _(w, rows, cols, streams, key, amax, offset):
     experts, n, k = w.shape
-    row_use = fake_operand(w, experts, n, k) if rows else no_operand(w)
-    col_use = fake_operand(w, experts, k, n) if cols else no_operand(w)
+    row_use, col_use = fake_operand(w, rows, experts, n, k), fake_operand(w, cols, experts, k, n)
     return (*row_use, *col_use, w.new_empty((2, experts), dtype=torch.float32))
 
 
@@ -107,33 +114,36 @@ def _(w, rows, cols, streams, key, amax, offset):
 def grouped_mm(
     a_codes: torch.Tensor,
     a_scale: torch.Tensor,
-    a_amax: torch.Tensor,
+    a_amax: torch.Tensor | None,
     b_codes: torch.Tensor,
     b_scale: torch.Tensor,
-    b_amax: torch.Tensor,
+    b_amax: torch.Tensor | None,
+    formats: str,
     offs: torch.Tensor,
     columns: int,
     out_dtype: torch.dtype,
     b_transposed: bool,
 ) -> torch.Tensor:
     """Per group (m, K) @ (N, K).T -> (m, N), or (m, K) @ (K, N) with b_transposed."""
-    a, b = gemm_values(a_codes, a_scale), gemm_values(b_codes, b_scale)
+    a, b = gemm_values((a_codes, b_codes), (a_scale, b_scale), formats, out_dtype)
     b = b[..., :columns] if b_transposed else b.transpose(1, 2)
     y = a.new_zeros((a.shape[0], columns), dtype=out_dtype)
     if a.device.type == "cpu":
         for e, start, end in _groups(offs):
-            y[start:end] = multiply(a[start:end], b[e], a_amax[e], b_amax[e])
+            amaxes = _of_group(e, a_amax, b_amax)
+            y[start:end] = multiply(a[start:end], b[e], *amaxes, formats, out_dtype)
         return y
     row_group = group_layout(offs, a.shape[0]).row_group.unsqueeze(1)
     for e in range(offs.shape[0]):
-        part = multiply(a, b[e], a_amax[e], b_amax[e])
-        y = torch.where(row_group == e, part.to(out_dtype), y)
+        part = multiply(a, b[e], *_of_group(e, a_amax, b_amax), formats, out_dtype)
+        y = torch.where(row_group == e, part, y)
     return y
 
 
 @grouped_mm.register_fake
 def _(
-    a_codes, a_scale, a_amax, b_codes, b_scale, b_amax, offs, columns, out_dtype, b_transposed
+    a_codes, a_scale, a_amax, b_codes, b_scale, b_amax, formats, offs, columns, out_dtype,
+    b_transposed,
 ):  # fmt: skip
     return a_codes.new_empty((a_codes.shape[0], columns), dtype=out_dtype)
 
@@ -142,36 +152,38 @@ def _(
 def grouped_wgrad(
     dy_codes: torch.Tensor,
     dy_scale: torch.Tensor,
-    dy_amax: torch.Tensor,
+    dy_amax: torch.Tensor | None,
     x_codes: torch.Tensor,
     x_scale: torch.Tensor,
-    x_amax: torch.Tensor,
+    x_amax: torch.Tensor | None,
+    formats: str,
     offs: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Per group (N, m padded) @ (K, m padded).T -> (E, N, K)."""
-    dy, x = gemm_values(dy_codes, dy_scale), gemm_values(x_codes, x_scale)
-    groups = offs.shape[0]
+    dy, x = gemm_values((dy_codes, x_codes), (dy_scale, x_scale), formats, out_dtype)
+    groups, block = offs.shape[0], operand_formats(formats)[0].block
     dw = dy.new_zeros((groups, dy.shape[0], x.shape[0]), dtype=out_dtype)
     if dy.device.type == "cpu":
         slot = 0
         for e, start, end in _groups(offs):
-            slots = slice(slot, slot := slot + padded_rows(end - start, 0))
+            slots = slice(slot, slot := slot + padded_rows(end - start, 0, block))
             left, right = dy[:, slots].contiguous(), x[:, slots].contiguous()
-            dw[e] = multiply(left, right.T, dy_amax[e], x_amax[e])
+            amaxes = _of_group(e, dy_amax, x_amax)
+            dw[e] = multiply(left, right.T, *amaxes, formats, out_dtype)
         return dw
-    block_group = group_layout(offs, dy.shape[1] - padded_rows(0, groups)).block_group
-    slot_group = block_group.repeat_interleave(dy.shape[1] // block_group.shape[0])
+    layout = group_layout(offs, dy.shape[1] - padded_rows(0, groups, block), block)
+    slot_group = layout.block_group.repeat_interleave(block)
     for e in range(groups):
         mine = slot_group == e
         # where, not a product with the mask: another group's NaN must not pass.
         left, right = (torch.where(mine, t, torch.zeros_like(t)) for t in (dy, x))
-        dw[e] = multiply(left, right.T, dy_amax[e], x_amax[e])
+        dw[e] = multiply(left, right.T, *_of_group(e, dy_amax, x_amax), formats, out_dtype)
     return dw
 
 
 @grouped_wgrad.register_fake
-def _(dy_codes, dy_scale, dy_amax, x_codes, x_scale, x_amax, offs, out_dtype):
+def _(dy_codes, dy_scale, dy_amax, x_codes, x_scale, x_amax, formats, offs, out_dtype):
     shape = (offs.shape[0], dy_codes.shape[0], x_codes.shape[0])
     return dy_codes.new_empty(shape, dtype=out_dtype)
 
@@ -210,14 +222,23 @@ def _both_uses(
     return (*results, amaxes)
 
 
-def _layout(offs: torch.Tensor, rows: int) -> GroupLayout:
+def _layout(offs: torch.Tensor, rows: int, block: int) -> GroupLayout:
     if offs.device.type == "cpu":
         ends = [0, *offs.tolist()]
         if sorted(ends) != ends or ends[-1] > rows:
             raise ConfigError(
                 f"offs {ends[1:]} must not decrease, nor end past the {rows} rows of x"
             )
-    return group_layout(offs, rows)
+    return group_layout(offs, rows, block)
+
+
+def _block(spec: str) -> int:
+    """Size of a format's blocks, to which groups are padded; any serves where nobody asked."""
+    return OperandFormat.parse(spec).format.block if spec else BLOCK
+
+
+def _of_group(e: int, *amaxes: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if amax is None else amax[e] for amax in amaxes]
 
 
 def _groups(offs: torch.Tensor) -> Iterator[tuple[int, int, int]]:

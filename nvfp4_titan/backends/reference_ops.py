@@ -1,26 +1,28 @@
 """The oracle behind custom ops: plain (ungrouped) operands and GEMMs.
 
-The GEMM multiplies `lut[q] * S_b`, exact in bf16 and fp32, accumulates in fp32 and applies
+The GEMM multiplies `code * block_scale`, exact in bf16 and fp32, accumulates in fp32 and applies
 alpha = (amax_a / 2688) * (amax_b / 2688) in fp32 before the output cast: the NVFP4 GEMM up to the
-order of accumulation. On a CPU the operands are fp32 (bf16 is slow there), on a GPU bf16.
+order of accumulation. On a CPU the operands are fp32 (bf16 is slow there), on a GPU bf16. Formats
+without a scale per tensor have no alpha; where the output is bf16 their operands are bf16 on a CPU
+too, so that an MXFP8 GEMM is bit for bit torchao's emulated one.
 
 Formats travel as strings (`OperandFormat.parse`); "" stands for a use that nobody asked for.
 """
 
 import torch
 
-from ..formats import BLOCK
-from ..numerics.philox import block_random_bytes
+from ..formats import BLOCK, NVFP4, BlockFormat
 from ..numerics.quantize import (
     block_amaxes,
     block_indices,
     global_scale,
     prepare,
     quantize_blocks,
+    random_bytes,
     scaled_values,
     tensor_amax,
 )
-from ..recipe import OperandFormat
+from ..recipe import FORMATS, OperandFormat
 
 FIVE_TENSORS = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Codes and scales of the row use, of the column use, and the amaxes of both."""
@@ -34,21 +36,24 @@ def no_operand(t: torch.Tensor) -> list[torch.Tensor]:
     return [t.new_empty(0, dtype=dtype) for dtype in (torch.uint8, torch.float8_e4m3fn)]
 
 
-def fake_operand(t: torch.Tensor, *shape: int) -> list[torch.Tensor]:
-    """Codes and scales of an operand whose logical shape is (..., K)."""
+def fake_operand(t: torch.Tensor, spec: str, *shape: int) -> list[torch.Tensor]:
+    """Codes and scales of an operand whose logical shape is (..., K); none for a spec of ""."""
+    if not spec:
+        return no_operand(t)
     *outer, size = shape
-    blocks = (size + BLOCK - 1) // BLOCK
+    fmt = OperandFormat.parse(spec).format
+    blocks = (size + fmt.block - 1) // fmt.block
     return [
-        t.new_empty((*outer, blocks * BLOCK // 2), dtype=torch.uint8),
-        t.new_empty((*outer, blocks), dtype=torch.float8_e4m3fn),
+        t.new_empty((*outer, blocks * fmt.block // fmt.codes_per_byte), dtype=fmt.code_dtype),
+        t.new_empty((*outer, blocks), dtype=fmt.scale_dtype),
     ]
 
 
-def _use(t: torch.Tensor, spec: str, transpose: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _use(t: torch.Tensor, fmt: OperandFormat, transpose: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """A prepared operand and its block amaxes."""
-    fmt = OperandFormat.parse(spec)
-    prepared = prepare(t, rht=fmt.rht, transpose=transpose)
-    return prepared, block_amaxes(prepared, fmt.block[0])
+    size = fmt.format.block
+    prepared = prepare(t, rht=fmt.rht, transpose=transpose, block=size)
+    return prepared, block_amaxes(prepared, fmt.block[0], size)
 
 
 @torch.library.custom_op("nvfp4_titan::reference_amax", mutates_args=())
@@ -56,8 +61,8 @@ def amax(t: torch.Tensor, rows: str, cols: str) -> torch.Tensor:
     """Amaxes (2,) of the two uses of t (M, K)."""
     amaxes = t.new_zeros(2, dtype=torch.float32)
     for i, spec in enumerate((rows, cols)):
-        if spec:
-            amaxes[i] = tensor_amax(_use(t, spec, transpose=i == 1)[1])
+        if spec and OperandFormat.parse(spec).format.tensor_scale:
+            amaxes[i] = tensor_amax(_use(t, OperandFormat.parse(spec), transpose=i == 1)[1])
     return amaxes
 
 
@@ -83,23 +88,24 @@ def quantize(
         if not spec:
             results += no_operand(t)
             continue
-        prepared, block_amax = _use(t, spec, transpose=i == 1)
-        amaxes[i] = tensor_amax(block_amax) if amax is None else amax[i]
+        fmt = OperandFormat.parse(spec)
+        prepared, block_amax = _use(t, fmt, transpose=i == 1)
+        own = None
+        if fmt.format.tensor_scale:
+            amaxes[i] = tensor_amax(block_amax) if amax is None else amax[i]
+            own = amaxes[i]
         random_byte = None
-        if OperandFormat.parse(spec).rounding == "sr":
+        if fmt.rounding == "sr":
             first_row, first_column = offset if i == 0 else reversed(offset)
             row, column = block_indices(block_amax, first_row, first_column // BLOCK)
-            random_byte = block_random_bytes(
-                int(key), streams[i], amaxes[i], block_amax, row, column
-            )
-        results += quantize_blocks(prepared, block_amax, amaxes[i], random_byte)
+            random_byte = random_bytes(int(key), streams[i], own, block_amax, row, column)
+        results += quantize_blocks(prepared, block_amax, own, random_byte, fmt)
     return (*results, amaxes)
 
 
 @quantize.register_fake
 def _(t, rows, cols, streams, key, amax, offset):
-    row_use = fake_operand(t, *t.shape) if rows else no_operand(t)
-    col_use = fake_operand(t, *t.shape[::-1]) if cols else no_operand(t)
+    row_use, col_use = fake_operand(t, rows, *t.shape), fake_operand(t, cols, *t.shape[::-1])
     return (*row_use, *col_use, t.new_empty(2, dtype=torch.float32))
 
 
@@ -107,60 +113,101 @@ def _(t, rows, cols, streams, key, amax, offset):
 def mm(
     a_codes: torch.Tensor,
     a_scale: torch.Tensor,
-    a_amax: torch.Tensor,
+    a_amax: torch.Tensor | None,
     b_codes: torch.Tensor,
     b_scale: torch.Tensor,
-    b_amax: torch.Tensor,
+    b_amax: torch.Tensor | None,
+    formats: str,
     columns: int,
     out_dtype: torch.dtype,
     b_transposed: bool,
 ) -> torch.Tensor:
     """(M, K) @ (N, K).T -> (M, N), or (M, K) @ (K, N) with b_transposed."""
-    a, b = gemm_values(a_codes, a_scale), gemm_values(b_codes, b_scale)
+    a, b = gemm_values((a_codes, b_codes), (a_scale, b_scale), formats, out_dtype)
     b = b[:, :columns] if b_transposed else b.T
-    return multiply(a, b, a_amax, b_amax).to(out_dtype)
+    return multiply(a, b, a_amax, b_amax, formats, out_dtype)
 
 
 @mm.register_fake
-def _(a_codes, a_scale, a_amax, b_codes, b_scale, b_amax, columns, out_dtype, b_transposed):
+def _(
+    a_codes, a_scale, a_amax, b_codes, b_scale, b_amax, formats, columns, out_dtype, b_transposed
+):  # fmt: skip
     return a_codes.new_empty((a_codes.shape[0], columns), dtype=out_dtype)
 
 
-def gemm_values(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`lut[q] * S_b` in the dtype that this device multiplies."""
-    dtype = torch.float32 if codes.device.type == "cpu" else torch.bfloat16
-    return scaled_values(codes, scale, dtype)
+def operand_formats(formats: str) -> list[BlockFormat]:
+    """Formats of a GEMM's two operands from "format,format", as the ops take them."""
+    return [FORMATS[name] for name in formats.split(",")]
+
+
+def gemm_values(
+    codes: tuple[torch.Tensor, torch.Tensor],
+    scales: tuple[torch.Tensor, torch.Tensor],
+    formats: str,
+    out_dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """`code * block_scale` of both operands in the dtype that this device multiplies."""
+    fmts = operand_formats(formats)
+    on_cpu = codes[0].device.type == "cpu"
+    wide = on_cpu and (out_dtype != torch.bfloat16 or any(fmt.tensor_scale for fmt in fmts))
+    dtype = torch.float32 if wide else torch.bfloat16
+    operands = zip(codes, scales, fmts, strict=True)
+    return [scaled_values(code, scale, dtype, fmt) for code, scale, fmt in operands]
 
 
 def multiply(
-    a: torch.Tensor, b: torch.Tensor, a_amax: torch.Tensor, b_amax: torch.Tensor
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_amax: torch.Tensor | None,
+    b_amax: torch.Tensor | None,
+    formats: str,
+    out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Multiply scaled values (M, K padded) @ (K, N) and apply alpha; (M, N) fp32.
+    """Multiply scaled values (M, K padded) @ (K, N) and apply alpha; (M, N) of `out_dtype`.
 
     Args:
         a: From `gemm_values`; its padding along K is zeros, which b may lack.
         b: (K, N), from `gemm_values`.
-        a_amax: fp32 scalar.
-        b_amax: fp32 scalar.
+        a_amax: fp32 scalar; None for a format without a scale per tensor.
+        b_amax: As a_amax.
+        formats: "format,format" of the two operands.
+        out_dtype: Result's dtype.
     """
     a = a[:, : b.shape[0]]
     with torch.autocast(a.device.type, enabled=False):
+        if a_amax is None and b_amax is None and a.dtype == out_dtype:
+            return a @ b
         acc = a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
-    return apply_alpha(acc, a_amax, b_amax)
+    return apply_alpha(acc, a_amax, b_amax, *operand_formats(formats)).to(out_dtype)
 
 
-def apply_alpha(acc: torch.Tensor, a_amax: torch.Tensor, b_amax: torch.Tensor) -> torch.Tensor:
+def apply_alpha(
+    acc: torch.Tensor,
+    a_amax: torch.Tensor | None,
+    b_amax: torch.Tensor | None,
+    a_format: BlockFormat = NVFP4,
+    b_format: BlockFormat = NVFP4,
+) -> torch.Tensor:
     """Scale by alpha = (a_amax / 2688) * (b_amax / 2688), in place, without losing range.
+
+    2688 is the formats' `encode_max`; the factor of a format without a scale per tensor is 1.
 
     Where the product of the two overflows they are applied one after the other, the smaller first;
     where it is subnormal, the larger first (both factors are then far from overflowing acc).
 
     Args:
         acc: fp32.
-        a_amax: fp32 scalar.
-        b_amax: fp32 scalar.
+        a_amax: fp32 scalar or None.
+        b_amax: fp32 scalar or None.
+        a_format: Format that a_amax belongs to.
+        b_format: Format that b_amax belongs to.
     """
-    a, b = global_scale(a_amax), global_scale(b_amax)
+    if a_amax is None and b_amax is None:
+        return acc
+    a, b = (
+        acc.new_ones(()) if amax is None else global_scale(amax, fmt)
+        for amax, fmt in ((a_amax, a_format), (b_amax, b_format))
+    )
     alpha = a * b
     whole = (alpha >= FLT_MIN) & (alpha <= FLT_MAX)
     small, large = torch.minimum(a, b), torch.maximum(a, b)

@@ -17,6 +17,8 @@ from ..errors import ConfigError
 TRAIN_LOSS = "loss_metrics/global_avg_loss"
 VALIDATION_LOSS = "validation_metrics/loss"
 STEP_SECONDS = "time_metrics/end_to_end(s)"
+TOKENS_PER_SECOND = "throughput(tps)"
+MEMORY = "memory/max_active(GiB)"
 
 _SAME = (
     ("corpus_sha256",),
@@ -46,6 +48,8 @@ class Run:
         train: Training loss by step.
         validation: Validation loss by step.
         seconds: Seconds of each logged step by step.
+        throughput: Tokens per second and device by step.
+        memory: Peak of the memory in use, GiB, by step.
     """
 
     folder: Path
@@ -55,16 +59,28 @@ class Run:
     train: dict[int, float]
     validation: dict[int, float]
     seconds: dict[int, float]
+    throughput: dict[int, float]
+    memory: dict[int, float]
 
     @property
     def seconds_per_step(self) -> float:
-        """Median over the steps after the first ten (or half, in short runs), without validation.
+        """Median over the steps that are typical."""
+        return median(self.seconds[step] for step in self._typical_steps)
 
-        torchtitan counts a validation into the next step's time, so steps after one are left out.
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second and device, median over the steps that are typical."""
+        return median(self.throughput[step] for step in self._typical_steps)
+
+    @property
+    def _typical_steps(self) -> list[int]:
+        """Steps after the first ten (or half, in short runs), without validation.
+
+        torchtitan counts a validation into the next step's time, so steps after one are left out
+        (unless a short run has no others).
         """
         warm = sorted(self.seconds)[min(10, len(self.seconds) // 2) :]
-        kept = [self.seconds[step] for step in warm if step - 1 not in self.validation]
-        return median(kept)
+        return [step for step in warm if step - 1 not in self.validation] or warm
 
 
 def read_run(folder: Path | str) -> Run:
@@ -93,7 +109,10 @@ def read_run(folder: Path | str) -> Run:
         _json(folder / "run_record.json"),
         _json(folder / "conversion.json", optional=True),
         _json(folder / "tokens_per_expert.json", optional=True),
-        *(scalars(tag) for tag in (TRAIN_LOSS, VALIDATION_LOSS, STEP_SECONDS)),
+        *(
+            scalars(tag)
+            for tag in (TRAIN_LOSS, VALIDATION_LOSS, STEP_SECONDS, TOKENS_PER_SECOND, MEMORY)
+        ),
     )
     for name, losses in (("training", run.train), ("validation", run.validation)):
         bad = [step for step, loss in losses.items() if not math.isfinite(loss)]

@@ -4,8 +4,8 @@ Tokens of group g are the rows offs[g-1] .. offs[g]; rows after the last group a
 result depends on. Each group has its own amax, and SR is keyed by the position inside the group, so
 that an expert's bits depend on its own tokens and not on its neighbours, its rank or its number.
 
-For wgrad the contraction runs over tokens: each group is padded with zeros to a multiple of 16 (in
-one buffer of a size that depends on shapes alone), so that no block of 16, and no Hadamard
+For wgrad the contraction runs over tokens: each group is padded with zeros to whole blocks of 16
+(MXFP8: 32), in one buffer of a size that depends on shapes alone, so that no block, and no Hadamard
 transform, crosses a group. Everything is computed on the device of `offs`, without reading it.
 """
 
@@ -15,8 +15,14 @@ import torch
 
 from ..formats import BLOCK
 from ..recipe import OperandFormat
-from .philox import block_random_bytes
-from .quantize import block_amaxes, prepare, quantize_blocks
+from .quantize import (
+    QuantizedOperand,
+    block_amaxes,
+    prepare,
+    quantize_blocks,
+    random_bytes,
+    scaled_values,
+)
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,8 @@ class GroupLayout:
         row_group: (M,) int64 group of each row; E for the padding after the last group.
         row_in_group: (M,) int64 position of each row in its group.
         slot_row: (P,) int64 row that each padded slot holds; M for none.
-        block_group: (P / 16,) int64 group of each block of slots; E for none.
-        block_in_group: (P / 16,) int64 position of each block in its group.
+        block_group: (P / block,) int64 group of each block of slots; E for none.
+        block_in_group: (P / block,) int64 position of each block in its group.
     """
 
     row_group: torch.Tensor
@@ -38,29 +44,30 @@ class GroupLayout:
     block_in_group: torch.Tensor
 
 
-def padded_rows(rows: int, groups: int) -> int:
-    """Slots that hold any split of `rows` into `groups`, each padded to 16."""
-    return (rows + BLOCK - 1) // BLOCK * BLOCK + BLOCK * groups
+def padded_rows(rows: int, groups: int, block: int = BLOCK) -> int:
+    """Slots that hold any split of `rows` into `groups`, each padded to whole blocks."""
+    return (rows + block - 1) // block * block + block * groups
 
 
-def group_layout(offs: torch.Tensor, rows: int) -> GroupLayout:
+def group_layout(offs: torch.Tensor, rows: int, block: int = BLOCK) -> GroupLayout:
     """Layout of `rows` tokens in groups that end at `offs`.
 
     Args:
         offs: (E,) int32 cumulative group ends, non-decreasing, at most `rows`.
         rows: M.
+        block: Size of the format's blocks.
     """
     groups, device = offs.shape[0], offs.device
     ends = offs.to(torch.int64)
     starts = torch.cat((ends.new_zeros(1), ends[:-1]))
-    sizes = (ends - starts + BLOCK - 1) // BLOCK * BLOCK
+    sizes = (ends - starts + block - 1) // block * block
     padded_ends = sizes.cumsum(0)
     # One more group, E, for what belongs to none.
     starts = torch.cat((starts, ends[-1:]))
     padded_starts = torch.cat((padded_ends - sizes, padded_ends[-1:]))
     row = torch.arange(rows, device=device)
     row_group = torch.searchsorted(ends, row, right=True)
-    slot = torch.arange(padded_rows(rows, groups), device=device)
+    slot = torch.arange(padded_rows(rows, groups, block), device=device)
     slot_group = torch.searchsorted(padded_ends, slot, right=True)
     in_group = slot - padded_starts[slot_group]
     size = torch.cat((ends, ends[-1:])) - starts
@@ -69,8 +76,8 @@ def group_layout(offs: torch.Tensor, rows: int) -> GroupLayout:
         row_group=row_group,
         row_in_group=row - starts[row_group],
         slot_row=slot_row,
-        block_group=slot_group[::BLOCK],
-        block_in_group=in_group[::BLOCK] // BLOCK,
+        block_group=slot_group[::block],
+        block_in_group=in_group[::block] // block,
     )
 
 
@@ -91,7 +98,7 @@ def quantize_tokens(
         t: (M, K) floating.
         layout: `group_layout` of the groups.
         groups: E.
-        fmt: Format, in 1x16 blocks.
+        fmt: Format, in blocks of one row; for `transpose` the layout must be of its block size.
         key: SR key (used with rounding "sr").
         stream: SR stream.
         transpose: False for the contraction along K; True along tokens, padded group by group.
@@ -99,13 +106,15 @@ def quantize_tokens(
         first_column: Global index of t's first column, where t is a shard.
 
     Returns:
-        codes (M, Kp / 2) or (K, P / 2), block_scale (M, Kp / 16) or (K, P / 16), amax (E,) fp32.
+        codes, block_scale (M, Kp / block) or (K, P / block), amax (E,) fp32.
     """
     prepared, block_amax, group = _prepare_tokens(t, layout, fmt, transpose)
     if amax is None:
         amax = _group_amax(block_amax, group, groups, transpose)
-    # Rows of no group: nothing depends on their scale.
-    spread = torch.cat((amax, amax.new_ones(1)))[group].unsqueeze(0 if transpose else 1)
+    spread = None
+    if fmt.format.tensor_scale:
+        # Rows of no group: nothing depends on their scale.
+        spread = torch.cat((amax, amax.new_ones(1)))[group].unsqueeze(0 if transpose else 1)
     random_byte = None
     if fmt.rounding == "sr":
         rows, blocks = block_amax.shape
@@ -113,11 +122,11 @@ def quantize_tokens(
             row = torch.arange(first_column, first_column + rows, device=t.device)
             block = layout.block_in_group
         else:
-            first_block = first_column // BLOCK
+            first_block = first_column // fmt.format.block
             row = layout.row_in_group
             block = torch.arange(first_block, first_block + blocks, device=t.device)
-        random_byte = block_random_bytes(key, stream, spread, block_amax, row, block)
-    codes, scale = quantize_blocks(prepared, block_amax, spread, random_byte)
+        random_byte = random_bytes(key, stream, spread, block_amax, row, block)
+    codes, scale = quantize_blocks(prepared, block_amax, spread, random_byte, fmt)
     return codes, scale, amax
 
 
@@ -136,8 +145,10 @@ def _prepare_tokens(
     if transpose:
         # A row of zeros at the end is what slots of no row hold.
         t = torch.cat((t, t.new_zeros(1, t.shape[1])))[layout.slot_row]
-    prepared = prepare(t, rht=fmt.rht, transpose=transpose)
-    return prepared, block_amaxes(prepared), layout.block_group if transpose else layout.row_group
+    size = fmt.format.block
+    prepared = prepare(t, rht=fmt.rht, transpose=transpose, block=size)
+    group = layout.block_group if transpose else layout.row_group
+    return prepared, block_amaxes(prepared, block=size), group
 
 
 def quantize_experts(
@@ -161,20 +172,21 @@ def quantize_experts(
         offset: Global (row, column) of an expert's first element, where w is a shard.
 
     Returns:
-        codes (E, N, Kp / 2), block_scale (E, N, Kp / 16), amax (E,) fp32; N and K swapped with
-        `transpose`.
+        codes, block_scale (E, N, Kp / block), amax (E,) fp32; N and K swapped with `transpose`.
     """
     prepared, block_amax, shape, rows = _prepare_experts(w, fmt, transpose)
     amax = block_amax.view(shape).amax((1, 2)) if amax is None else amax
-    spread = amax.repeat_interleave(shape[1]).unsqueeze(1)
+    spread = None
+    if fmt.format.tensor_scale:
+        spread = amax.repeat_interleave(shape[1]).unsqueeze(1)
     random_byte = None
     if fmt.rounding == "sr":
         first_row, first_column = reversed(offset) if transpose else offset
         row = torch.arange(first_row, first_row + shape[1], device=w.device).repeat(shape[0])
-        blocks, first_block = block_amax.shape[1], first_column // BLOCK
+        blocks, first_block = block_amax.shape[1], first_column // fmt.format.block
         block = torch.arange(first_block, first_block + blocks, device=w.device)
-        random_byte = block_random_bytes(key, stream, spread, block_amax, row, block)
-    codes, scale = quantize_blocks(prepared, block_amax, spread, random_byte)
+        random_byte = random_bytes(key, stream, spread, block_amax, row, block)
+    codes, scale = quantize_blocks(prepared, block_amax, spread, random_byte, fmt)
     codes, scale = codes.view(shape)[:, :rows], scale.view(shape)[:, :rows]
     return codes.contiguous(), scale.contiguous(), amax
 
@@ -192,11 +204,37 @@ def _prepare_experts(
     if transpose:
         w = w.transpose(1, 2)
     experts, rows, columns = w.shape
-    # 16x16 blocks must not reach into the next expert.
+    # Square blocks must not reach into the next expert.
     missing = -rows % fmt.block[0]
     flat = torch.nn.functional.pad(w, (0, 0, 0, missing)).reshape(-1, columns)
-    prepared = prepare(flat, rht=fmt.rht)
-    return prepared, block_amaxes(prepared, fmt.block[0]), (experts, rows + missing, -1), rows
+    size = fmt.format.block
+    prepared = prepare(flat, rht=fmt.rht, block=size)
+    block_amax = block_amaxes(prepared, fmt.block[0], size)
+    return prepared, block_amax, (experts, rows + missing, -1), rows
+
+
+def dequantize_tokens(
+    operand: QuantizedOperand, offs: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """x_hat of activations or gradients that were quantized group by group along K.
+
+    Args:
+        operand: (M, K), with an amax per group.
+        offs: (E,) int32 cumulative group ends.
+        dtype: Result's dtype; computed in fp32.
+
+    Returns:
+        (M, K) of `dtype`; rows of no group are 0.
+    """
+    values = scaled_values(operand.codes, operand.block_scale, fmt=operand.format)
+    rows = torch.arange(values.shape[0], device=offs.device)
+    group = torch.searchsorted(offs.to(torch.int64), rows, right=True)
+    scale = operand.global_scale
+    scale = torch.ones_like(offs, dtype=torch.float32) if scale is None else scale
+    scale = torch.cat((scale, scale.new_zeros(1)))[group].unsqueeze(1)
+    # where, not a product with 0: padding may hold NaN.
+    values = torch.where(group.unsqueeze(1) < offs.shape[0], values * scale, 0.0)
+    return values[:, : operand.K].to(dtype)
 
 
 def _group_amax(

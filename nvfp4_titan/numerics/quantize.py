@@ -1,22 +1,10 @@
-"""The oracle: NVFP4 quantize and dequantize in plain PyTorch, bit for bit, on any device.
+"""The oracle: quantize and dequantize in plain PyTorch, bit for bit, on any device.
 
-All in fp32, in this order (v_b: max |x| of a block; decode scales unless marked `enc`):
+The formulas of a block are in numerics/nvfp4.py and numerics/mxfp8.py; here is what the formats
+share: padding to whole blocks, the Hadamard transform, block amaxes, and the operand.
 
-    s_enc = min(2688 / amax, FLT_MAX), 1 if amax == 0 or s_enc == 0        s_dec = 1 / s_enc
-    S_b   = e4m3(min(v_b * (s_enc * (1/6)), 448))
-    enc_b = min(1 / (S_b * s_dec), FLT_MAX), 0 if S_b == 0
-    q     = e2m1(clamp(x * enc_b, -6, 6))
-    x_hat = lut[q] * S_b * (amax / 2688)
-
-Two details are easy to simplify wrongly: the product `s_enc * (1/6)` comes first, and the scale
-that encodes is derived from the *rounded* S_b. There is no lower clamp on S_b: a block far below
-the tensor's amax underflows to zeros (where TransformerEngine's codes saturate: compare values
-there).
-
-NaN or Inf in x leaves as NaN or Inf: it reaches amax, so alpha and every dependent result.
-
-Source: TransformerEngine d0067d0d, `common/cast/nvfp4/core_nvfp4.cuh` and
-`pytorch/custom_recipes/reference_nvfp4.py` (Apache-2.0); golden vectors from it in tests/golden.
+NaN or Inf in x leaves as NaN or Inf: it reaches amax, so alpha and every dependent result (in a
+format without a scale per tensor, the blocks that hold it).
 """
 
 from dataclasses import dataclass, field
@@ -24,33 +12,41 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import ConfigError
-from ..formats import BLOCK, NVFP4
+from ..formats import BLOCK, NVFP4, BlockFormat
+from ..recipe import OperandFormat, get_format
+from . import mxfp8
 from .hadamard import rht as apply_rht
+from .nvfp4 import best_scales, block_scales, encode_blocks, global_scale
 from .philox import block_random_bytes
-from .rounding import decode_codes, e2m1_rtne, e2m1_sr, e4m3_rtne, pack_codes
+from .rounding import decode_codes
 
-FLT_MAX = torch.finfo(torch.float32).max
+__all__ = ["QuantizedOperand", "block_scales", "dequantize", "global_scale", "quantize"]
+
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCKS = ((1, BLOCK), (BLOCK, BLOCK))
+_NVFP4_ROWS = OperandFormat()
 
 
 @dataclass(frozen=True)
 class QuantizedOperand:
-    """One GEMM operand in NVFP4, contraction dim last.
+    """One GEMM operand, quantized, contraction dim last.
 
     Attributes:
-        codes: (..., Kp / 2) uint8, two E2M1 codes a byte, even element in the low nibble; Kp is K
-            rounded up to 16.
-        block_scale: (..., Kp / 16) float8_e4m3fn decode scales, one per row and 16 columns (for
-            16x16 blocks the scale is repeated on its 16 rows).
-        amax: fp32 scalar; the tensor's decode scale is amax / 2688.
+        codes: Element codes, of the format's code_dtype. NVFP4: (..., Kp / 2) uint8, two E2M1 codes
+            a byte, even element in the low nibble; MXFP8: (..., Kp) float8_e4m3fn. Kp is K rounded
+            up to the format's block (16 or 32).
+        block_scale: (..., Kp / block) decode scales of the format's scale_dtype, one per row and
+            block of columns (for square blocks the scale is repeated on its rows).
+        amax: fp32 scalar (one per group for grouped operands), from which the tensor's decode
+            scale follows; None where the format has no scale per tensor.
         K: Size of the contraction dim before padding.
+        format: The format of codes and scales.
     """
 
     codes: torch.Tensor
     block_scale: torch.Tensor
-    amax: torch.Tensor
+    amax: torch.Tensor | None
     K: int = field(default=0)
+    format: BlockFormat = field(default=NVFP4)
 
     @property
     def shape(self) -> torch.Size:
@@ -58,93 +54,45 @@ class QuantizedOperand:
         return torch.Size((*self.codes.shape[:-1], self.K))
 
     @property
-    def global_scale(self) -> torch.Tensor:
-        """fp32 decode scale of the whole tensor, amax / 2688."""
-        return global_scale(self.amax)
+    def global_scale(self) -> torch.Tensor | None:
+        """fp32 decode scale of the whole tensor, amax / encode_max; None where there is none."""
+        return None if self.amax is None else global_scale(self.amax, self.format)
 
 
-def global_scale(amax: torch.Tensor) -> torch.Tensor:
-    """Decode scale amax / 2688 of tensors with these amaxes, fp32."""
-    # Tensor by tensor: a GPU divides by a scalar as a product with its reciprocal, 1 ulp off.
-    return torch.div(amax, torch.full_like(amax, NVFP4.encode_max))
-
-
-def pad_to_blocks(t: torch.Tensor, dim: int = -1) -> torch.Tensor:
-    """Zero-pad a 2D tensor to a multiple of 16 along `dim`; t itself where nothing is missing."""
-    missing = -t.shape[dim] % BLOCK
+def pad_to_blocks(t: torch.Tensor, dim: int = -1, block: int = BLOCK) -> torch.Tensor:
+    """Zero-pad a 2D tensor to a multiple of `block` along `dim`; t itself where none is missing."""
+    missing = -t.shape[dim] % block
     if missing == 0:
         return t
     return torch.nn.functional.pad(t, (0, missing) if dim % 2 == 1 else (0, 0, 0, missing))
 
 
-def block_amaxes(t: torch.Tensor, block_rows: int = 1) -> torch.Tensor:
+def block_amaxes(t: torch.Tensor, block_rows: int = 1, block: int = BLOCK) -> torch.Tensor:
     """Amax of each element's block.
 
     Args:
-        t: (R, K) floating, K % 16 == 0.
-        block_rows: 1 or 16; the last 16-row block may be incomplete.
+        t: (R, K) floating, K % block == 0.
+        block_rows: 1 or `block`; the last block of rows may be incomplete.
+        block: Elements of a block along K.
 
     Returns:
-        (R, K / 16) fp32, repeated on the rows of a block.
+        (R, K / block) fp32, repeated on the rows of a block.
     """
     rows, columns = t.shape
     if rows == 0:
-        return t.new_zeros((0, columns // BLOCK), dtype=torch.float32)
-    amax = t.view(rows, columns // BLOCK, BLOCK).abs().amax(-1).to(torch.float32)
+        return t.new_zeros((0, columns // block), dtype=torch.float32)
+    amax = t.view(rows, columns // block, block).abs().amax(-1).to(torch.float32)
     if block_rows == 1:
         return amax
-    amax = pad_to_blocks(amax, dim=0).view(-1, BLOCK, columns // BLOCK).amax(1)
-    return amax.repeat_interleave(BLOCK, dim=0)[:rows]
-
-
-def block_scales(block_amax: torch.Tensor, amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode scales (float8_e4m3fn) and encode scales (fp32) of blocks.
-
-    Args:
-        block_amax: (R, B) fp32.
-        amax: fp32, broadcasts to (R, B): amax of the tensor that the block belongs to.
-
-    Returns:
-        S_b and enc_b of the module's formulas, both (R, B).
-    """
-    # Tensor by tensor, as in global_scale.
-    encode = torch.div(torch.full_like(amax, NVFP4.encode_max), amax).clamp(max=FLT_MAX)
-    encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
-    scale = block_amax * (encode * (1 / NVFP4.element_max))
-    # An amax from outside may be finite where a block is not: saturating would hide it.
-    scale = e4m3_rtne(torch.where(block_amax.isinf(), torch.nan, scale))
-    decode = scale.to(torch.float32)
-    block_encode = torch.reciprocal(decode * torch.reciprocal(encode)).clamp(max=FLT_MAX)
-    return scale, torch.where(decode == 0, 0.0, block_encode)
-
-
-def encode_blocks(
-    t: torch.Tensor, block_encode: torch.Tensor, random_byte: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Packed E2M1 codes of (R, K), given (R, K / 16) encode scales.
-
-    Args:
-        t: (R, K) floating, K % 16 == 0.
-        block_encode: (R, K / 16) fp32.
-        random_byte: None for RTNE; for SR (R, K / 16, 16) int16 in [0, 255].
-
-    Returns:
-        (R, K / 2) uint8.
-    """
-    scaled = t.view(*block_encode.shape, BLOCK).to(torch.float32) * block_encode.unsqueeze(-1)
-    sign = torch.signbit(scaled).view(torch.uint8)
-    magnitude = scaled.abs_().clamp_(max=NVFP4.element_max)
-    if random_byte is None:
-        code = e2m1_rtne(magnitude)
-    else:
-        code = e2m1_sr(magnitude, random_byte)
-    return pack_codes(code.bitwise_or_(sign << 3)).view(t.shape[0], t.shape[1] // 2)
+    amax = pad_to_blocks(amax, dim=0, block=block).view(-1, block, columns // block).amax(1)
+    return amax.repeat_interleave(block, dim=0)[:rows]
 
 
 def quantize(
     x: torch.Tensor,
     *,
-    block: tuple[int, int] = (1, BLOCK),
+    format: str | BlockFormat = NVFP4,
+    block: tuple[int, int] | None = None,
     rounding: str = "rtne",
     rht: bool = False,
     amax: torch.Tensor | None = None,
@@ -153,55 +101,68 @@ def quantize(
     first_row: int = 0,
     first_block: int = 0,
 ) -> QuantizedOperand:
-    """Quantize a GEMM operand to NVFP4.
+    """Quantize a GEMM operand.
 
     Args:
-        x: (..., K) fp32, bf16 or fp16; the contraction dim is last. 16x16 blocks need (M, K). Sizes
-            that are not multiples of 16 are padded with zeros inside.
-        block: (1, 16), or (16, 16) for weights.
-        rounding: "rtne" or "sr" (stochastic; needs `seed`).
+        x: (..., K) fp32, bf16 or fp16; the contraction dim is last. Square blocks need (M, K).
+            Sizes that are not multiples of the block are padded with zeros inside.
+        format: Name in `FORMATS`, or a BlockFormat.
+        block: (1, 16), the default, or (16, 16) for weights; for MXFP8 (1, 32) or (32, 32).
+        rounding: "rtne" or "sr" (stochastic; NVFP4 only, needs `seed`).
         rht: Apply the random Hadamard transform along K first; values and amax are then those of
             the transformed tensor, rounded to bf16.
         amax: fp32 scalar to use in place of max |x|, as reduced over the ranks that share the
-            operand; of the transformed tensor with `rht`.
+            operand; of the transformed tensor with `rht`. Not read by formats without a scale per
+            tensor.
         seed: 64-bit SR key (`sr_key`): the same key and x give the same codes.
         stream: Which operand of which GEMM this is (part of the SR counter).
         first_row: Global index of row 0, where x is a shard.
         first_block: Global index, in blocks of 16, of column 0, where x is a shard.
 
     Returns:
-        QuantizedOperand with codes (..., Kp / 2) and block_scale (..., Kp / 16).
+        QuantizedOperand of the format.
 
     Raises:
-        ConfigError: unknown block or rounding, wrong dtype or shape, SR without a seed.
+        ConfigError: unknown format, block or rounding, wrong dtype or shape, SR without a seed.
 
-    Source: module docstring.
+    Source: numerics/nvfp4.py, numerics/mxfp8.py.
     """
-    _check_arguments(x, block, rounding, seed)
+    format = get_format(format)
+    fmt = OperandFormat(format, tuple(block or (1, format.block)), rounding, rht)
+    _check_arguments(x, fmt, seed)
     leading, size = x.shape[:-1], x.shape[-1]
-    t = prepare(x.reshape(-1, size), rht=rht)
-    block_amax = block_amaxes(t, block[0])
-    amax = tensor_amax(block_amax) if amax is None else amax.to(torch.float32).reshape(())
+    t = prepare(x.reshape(-1, size), rht=rht, block=format.block)
+    block_amax = block_amaxes(t, fmt.block[0], format.block)
+    if not format.tensor_scale:
+        amax = None
+    else:
+        amax = tensor_amax(block_amax) if amax is None else amax.to(torch.float32).reshape(())
     sr_draw = None
     if rounding == "sr":
         row, column = block_indices(block_amax, first_row, first_block)
-        sr_draw = block_random_bytes(seed, stream, amax, block_amax, row, column)
-    codes, scale = quantize_blocks(t, block_amax, amax, sr_draw)
-    columns = t.shape[1]
+        sr_draw = random_bytes(seed, stream, amax, block_amax, row, column)
+    codes, scale = quantize_blocks(t, block_amax, amax, sr_draw, fmt)
     return QuantizedOperand(
-        codes.view(*leading, columns // 2), scale.view(*leading, columns // BLOCK), amax, size
+        codes.view(*leading, codes.shape[1]),
+        scale.view(*leading, scale.shape[1]),
+        amax,
+        size,
+        format,
     )
 
 
-def prepare(t: torch.Tensor, *, rht: bool, transpose: bool = False) -> torch.Tensor:
+def prepare(
+    t: torch.Tensor, *, rht: bool, transpose: bool = False, block: int = BLOCK
+) -> torch.Tensor:
     """A GEMM operand with its contraction dim last, padded to blocks, transformed, contiguous.
 
     Args:
         t: (R, K).
         rht: Whether to apply the RHT along the contraction dim.
         transpose: The contraction runs along t's rows: the result is (K, R padded).
+        block: Size of the format's blocks.
     """
-    t = pad_to_blocks(t, dim=0 if transpose else 1)
+    t = pad_to_blocks(t, dim=0 if transpose else 1, block=block)
     if rht:
         t = apply_rht(t, dim=0 if transpose else 1)
     return (t.T if transpose else t).contiguous()
@@ -219,6 +180,19 @@ def block_indices(
     )
 
 
+def random_bytes(
+    key: int,
+    stream: int,
+    amax: torch.Tensor | None,
+    block_amax: torch.Tensor,
+    row: torch.Tensor | None = None,
+    column: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`block_random_bytes`, where a format without a scale per tensor has no amax to count with."""
+    amax = block_amax.new_zeros(()) if amax is None else amax
+    return block_random_bytes(key, stream, amax, block_amax, row, column)
+
+
 def tensor_amax(block_amax: torch.Tensor) -> torch.Tensor:
     """fp32 scalar amax from block amaxes; 0 for an empty tensor."""
     return block_amax.amax() if block_amax.numel() else block_amax.new_zeros(())
@@ -227,21 +201,26 @@ def tensor_amax(block_amax: torch.Tensor) -> torch.Tensor:
 def quantize_blocks(
     t: torch.Tensor,
     block_amax: torch.Tensor,
-    amax: torch.Tensor,
+    amax: torch.Tensor | None,
     random_byte: torch.Tensor | None = None,
+    fmt: OperandFormat = _NVFP4_ROWS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and block scales of a prepared operand.
 
     Args:
         t: (R, K) from `prepare`.
-        block_amax: (R, K / 16) fp32, from `block_amaxes`.
-        amax: fp32, broadcasts to block_amax.
-        random_byte: See `encode_blocks`.
+        block_amax: (R, K / block) fp32, from `block_amaxes`.
+        amax: fp32, broadcasts to block_amax; None for formats without a scale per tensor.
+        random_byte: See `nvfp4.encode_blocks`.
+        fmt: The operand's format.
 
     Returns:
-        codes (R, K / 2) uint8 and block_scale (R, K / 16) float8_e4m3fn.
+        codes and block_scale as QuantizedOperand has them, 2D.
     """
-    scale, encode = block_scales(block_amax, amax)
+    if fmt.format.scale_dtype == torch.float8_e8m0fnu:
+        scale, encode = mxfp8.block_scales(block_amax, fmt.format)
+        return mxfp8.encode_blocks(t, encode), scale
+    scale, encode = best_scales(t, block_amax, amax, fmt.format, fmt.block[0])
     return encode_blocks(t, encode, random_byte), scale
 
 
@@ -249,46 +228,50 @@ def dequantize(operand: QuantizedOperand, dtype: torch.dtype = torch.float32) ->
     """x_hat of a quantized operand (in the transformed space where the RHT was applied).
 
     Args:
-        operand: From `quantize`.
+        operand: From `quantize`, or expert weights (E, N, K) with one amax each.
         dtype: Result's dtype; computed in fp32.
 
     Returns:
         (..., K) of `dtype`.
     """
-    values = scaled_values(operand.codes, operand.block_scale)
-    return (values * operand.global_scale)[..., : operand.K].to(dtype)
+    values = scaled_values(operand.codes, operand.block_scale, fmt=operand.format)
+    scale = operand.global_scale
+    if scale is not None:
+        values = values * (scale.view(-1, 1, 1) if scale.dim() else scale)
+    return values[..., : operand.K].to(dtype)
 
 
 def scaled_values(
-    codes: torch.Tensor, block_scale: torch.Tensor, dtype: torch.dtype = torch.float32
+    codes: torch.Tensor,
+    block_scale: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    fmt: BlockFormat = NVFP4,
 ) -> torch.Tensor:
-    """`lut[q] * S_b`, what the GEMM multiplies; exact in bf16 (at most 6 significant bits).
+    """`code * block_scale`, what the GEMM multiplies; exact in bf16 (at most 6 significant bits).
 
     Args:
-        codes: (..., Kp / 2) uint8.
-        block_scale: (..., Kp / 16) float8_e4m3fn.
+        codes: As in QuantizedOperand.
+        block_scale: As in QuantizedOperand.
         dtype: float32 or bfloat16.
+        fmt: Format of the two.
 
     Returns:
         (..., Kp) of `dtype`.
     """
-    values = decode_codes(codes, dtype)
-    blocks = values.view(*block_scale.shape, BLOCK)
+    values = codes.to(dtype) if fmt.codes_per_byte == 1 else decode_codes(codes, dtype)
+    blocks = values.view(*block_scale.shape, fmt.block)
     return blocks.mul_(block_scale.to(dtype).unsqueeze(-1)).view(values.shape)
 
 
-def _check_arguments(x: torch.Tensor, block: tuple, rounding: str, seed: int | None) -> None:
+def _check_arguments(x: torch.Tensor, fmt: OperandFormat, seed: int | None) -> None:
     if x.dtype not in INPUT_DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in INPUT_DTYPES)
         raise ConfigError(f"quantize takes {names}, got {x.dtype}: cast the input first")
-    if tuple(block) not in BLOCKS:
-        raise ConfigError(f"block={tuple(block)} is not a block of NVFP4: use (1, 16) or (16, 16)")
-    if x.dim() == 0 or (block[0] != 1 and x.dim() != 2):
+    if x.dim() == 0 or (fmt.block[0] != 1 and x.dim() != 2):
+        wanted = "2D" if fmt.block[0] != 1 else "1D or higher"
         raise ConfigError(
-            f"block={tuple(block)} takes a {'2D' if block[0] != 1 else '1D or higher'} tensor with "
-            f"the contraction dim last, got shape {tuple(x.shape)}"
+            f"block={fmt.block} takes a {wanted} tensor with the contraction dim last, got shape "
+            f"{tuple(x.shape)}"
         )
-    if rounding not in ("rtne", "sr"):
-        raise ConfigError(f"rounding={rounding!r} is unknown: use 'rtne' or 'sr'")
-    if rounding == "sr" and seed is None:
+    if fmt.rounding == "sr" and seed is None:
         raise ConfigError("rounding='sr' needs seed=, the 64-bit key from numerics.sr_key()")

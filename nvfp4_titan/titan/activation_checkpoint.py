@@ -37,9 +37,9 @@ def _create_contexts_seeing_gemms(policy, *args, **kwargs):
     gemms = {backend.gemm.op: backend.gemm.weight_shape for backend in BACKENDS.values()}
 
     def seeing(context, op, *op_args, **op_kwargs):
-        if op not in gemms:
+        if op.name() not in gemms:
             return policy(context, op, *op_args, **op_kwargs)
-        weight = SimpleNamespace(shape=torch.Size(gemms[op](*op_args, **op_kwargs)))
+        weight = SimpleNamespace(shape=torch.Size(gemms[op.name()](*op_args, **op_kwargs)))
         return policy(context, torch.ops.aten.mm.default, op_args[0], weight)
 
     return _create_contexts(seeing, *args, **kwargs)

@@ -8,14 +8,14 @@ from torchtitan.protocols.model_converter import ModelConverter
 from torchtitan.tools.logging import logger
 
 from ..backends import resolve
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..formats import BLOCK
-from ..recipe import Selection, get_recipe, parse_rules
+from ..recipe import Change, Selection, get_recipe, parse_rules, parse_schedule
 from ..training import Report, convert
 from ..training.report import EXPERTS
 from . import activation_checkpoint, record
 
-_RESERVED = {"schedule": [], "fp4_all_gather": False, "numerics_log_freq": 0}
+_RESERVED = {"fp4_all_gather": False, "numerics_log_freq": 0}
 """Settings of later versions, and the one value that each may have until then."""
 
 
@@ -34,6 +34,12 @@ class NVFP4Converter(ModelConverter):
         check_settings(job_config)
         self.settings = job_config.nvfp4
         activation_checkpoint.install()
+        if schedule(job_config) and not self.settings.trainer_switches_formats:
+            raise UnsupportedError(
+                "nvfp4.schedule changes formats at a step, and a converter cannot see the step "
+                "that a checkpoint restores: start with -m nvfp4_titan.train in place of "
+                "-m torchtitan.train"
+            )
 
     def convert(self, model: nn.Module) -> None:
         """Convert in place and print the report once."""
@@ -48,9 +54,28 @@ class NVFP4Converter(ModelConverter):
         """Nothing to refresh: weights are quantized where they are used."""
 
 
+def schedule(job_config: JobConfig) -> tuple[Change, ...]:
+    """The changes of formats that a job asks for, by step.
+
+    Raises:
+        ConfigError: a malformed change.
+    """
+    return parse_schedule(job_config.nvfp4.schedule, job_config.training.steps)
+
+
+def switches(settings) -> dict[str, bool]:
+    """Parts of recipes that an [nvfp4] section keeps or drops."""
+    return {name: getattr(settings, name) for name in ("rht", "sr", "weights_2d", "tensor_scale")}
+
+
 def convert_by_settings(model: nn.Module, settings) -> Report:
-    """Convert a model in place as an [nvfp4] section says."""
-    return convert(
+    """Convert a whole model in place as an [nvfp4] section says.
+
+    Raises:
+        ConfigError: a setting that cannot be used, or a schedule without a converted module.
+        UnsupportedError: the backend cannot run here.
+    """
+    report = convert(
         model,
         recipe=settings.recipe,
         rules=settings.rules,
@@ -59,10 +84,13 @@ def convert_by_settings(model: nn.Module, settings) -> Report:
         experts=settings.experts,
         backend=settings.backend,
         seed=settings.seed,
-        rht=settings.rht,
-        sr=settings.sr,
-        weights_2d=settings.weights_2d,
+        **switches(settings),
     )
+    if any(settings.schedule) and not report.converted:
+        raise ConfigError(
+            f"nvfp4.schedule has nothing to change: recipe {settings.recipe!r} converts no module"
+        )
+    return report
 
 
 def has_converted_experts(report: Report) -> bool:
@@ -102,7 +130,9 @@ def check_settings(job_config: JobConfig) -> None:
             "--job.custom_config_module nvfp4_titan.titan.job_config"
         )
     settings = job_config.nvfp4
-    resolve(settings.backend)
+    _check_order(job_config.model.converters)
+    resolve(settings.backend, get_recipe(settings.recipe))
+    schedule(job_config)
     Selection(
         get_recipe(settings.recipe),
         parse_rules(settings.rules),
@@ -111,7 +141,15 @@ def check_settings(job_config: JobConfig) -> None:
     )
     for name, only in _RESERVED.items():
         value = getattr(settings, name)
-        if isinstance(value, list):
-            value = [item for item in value if item.strip()]
         if value != only:
             raise ConfigError(f"nvfp4.{name} is not in this version: leave it at {only!r}")
+
+
+def _check_order(converters: list[str]) -> None:
+    # torchtitan's own converters swap every nn.Linear that they may, a converted one too.
+    later = [name for name in converters[converters.index("nvfp4") :] if "quantize." in name]
+    if later:
+        raise ConfigError(
+            f"model.converters lists {', '.join(later)} after nvfp4 and would take over its "
+            "modules: list nvfp4 last; it leaves alone what the others converted, and says so"
+        )

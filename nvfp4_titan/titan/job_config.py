@@ -6,7 +6,7 @@ annotations` here: torchtitan reads field types as classes.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torchtitan.protocols.model_converter import register_model_converter
 
@@ -23,17 +23,25 @@ def _cached_tokenizer() -> str:
 class NVFP4:
     """Settings of the `nvfp4` converter."""
 
+    trainer_switches_formats: ClassVar[bool] = False
+    """Set by the trainer that carries out `schedule`; not a setting."""
+
     recipe: str = "nvfp4"
     """
-    Formats of the three GEMMs: "nvfp4" (1x16 activations, 16x16 weights, RHT on wgrad, SR on dy) or
-    "bf16" (nothing is converted, a control run).
+    Formats of the three GEMMs: "nvfp4" (1x16 activations, 16x16 weights, RHT on wgrad, SR on dy),
+    "nvfp4_46" (the same with four-over-six block scaling), "nvfp4_mxfp8" (NVFP4 forward, MXFP8
+    backward; "nvfp4_mxfp8_dequantized": of the forward's operands), "nvfp4_bf16" (NVFP4 forward,
+    high-precision backward over the forward's operands, as in QAT; "nvfp4_bf16_original": over the
+    originals), "bf16_nvfp4" (high-precision forward, NVFP4 backward), "mxfp8", "mxfp8_floor"
+    (scales rounded down) or "bf16" (nothing is converted, a control run).
     """
 
     rules: list[str] = field(default_factory=list)
     """
     Comma separated "glob=recipe" rules over module names, such as
     "layers.*.attention.wo=bf16,output=nvfp4". The last match wins; rules override everything else,
-    the lm head and the routers included. A rule that matches nothing is an error.
+    the lm head and the routers included. A rule that matches nothing, or decides nothing because
+    later ones match all of its modules, is an error; so is one glob with two recipes.
     """
 
     bf16_first_layers: int = 0
@@ -66,8 +74,15 @@ class NVFP4:
     weights_2d: bool = True
     """16x16 weight blocks, the same values in fprop and dgrad; off is 1x16."""
 
+    tensor_scale: bool = True
+    """NVFP4's fp32 scale per tensor; off is a single level of scales (no amax over tensors)."""
+
     schedule: list[str] = field(default_factory=list)
-    """Reserved for "fraction:gemm=format" changes during training; must be empty for now."""
+    """
+    Comma separated "fraction:gemm=recipe" changes: after this fraction of training.steps (or this
+    number of steps, from 1 on) "fprop", "dgrad" or "wgrad" of every converted module takes the
+    formats of another recipe, such as "0.82:fprop=bf16". Needs -m nvfp4_titan.train.
+    """
 
     fp4_all_gather: bool = False
     """Reserved for FSDP all-gathers of codes and scales; must be false in this version."""

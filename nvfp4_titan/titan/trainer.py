@@ -11,27 +11,36 @@ from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 from torchtitan.train import main as torchtitan_main
 
 from ..errors import ConfigError, DivergedError
+from ..training.schedule import FormatSchedule
 from . import cpu_runtime, record
 from .checks import check
-from .converter import convert_by_settings
+from .converter import convert_by_settings, schedule, switches
 
 CONFIG_MODULE = "nvfp4_titan.titan.job_config"
 _CONFIG_FILE_KEYS = ("--job.config_file", "--job.config-file")
 
 
 class NVFP4Trainer(Trainer):
-    """torchtitan's Trainer that leaves a record of its run and stops when the loss is NaN."""
+    """torchtitan's Trainer that leaves a record of its run and stops when the loss is NaN.
+
+    It also carries out nvfp4.schedule: it knows the step, a restored one too, before the forward.
+    """
 
     def __init__(self, job_config: JobConfig):
         _normalize(job_config)
         check(job_config, _world_size(job_config, int(os.environ["WORLD_SIZE"])))
         if os.environ["RANK"] == "0":
             record.clear(job_config)
+        converted = "nvfp4" in job_config.model.converters
+        if converted:
+            job_config.nvfp4.trainer_switches_formats = True
         super().__init__(job_config)
+        self.formats = _schedule(job_config, self.model_parts) if converted else FormatSchedule(())
         cpu_runtime.prepare_trainer(self.model_parts)
         if distributed.get_rank() == 0:
             record.write(job_config)
@@ -59,11 +68,13 @@ class NVFP4Trainer(Trainer):
         return self.last_loss
 
     def train_step(self, data_iterator) -> None:
-        """As torchtitan's; stops before a NaN is saved.
+        """As torchtitan's, in the formats of this step; stops before a NaN is saved.
 
         Raises:
             DivergedError: the loss is NaN or infinite on a step that is logged or saved.
         """
+        for change in self.formats.before_step(self.step):
+            logger.info(f"From step {change.first_step} on: {change.gemm} as in {change.recipe}")
         super().train_step(data_iterator)
         checkpoint = self.job_config.checkpoint
         saves = checkpoint.enable and self.step % checkpoint.interval == 0
@@ -114,7 +125,12 @@ def preflight(argv: list[str], world_size: int) -> JobConfig:
         with torch.device("meta"):
             model = spec.model_cls(args)
         convert_by_settings(model, job_config.nvfp4)
+        _schedule(job_config, [model])
     return job_config
+
+
+def _schedule(job_config: JobConfig, model_parts: list[torch.nn.Module]) -> FormatSchedule:
+    return FormatSchedule(model_parts, schedule(job_config), switches(job_config.nvfp4))
 
 
 def _world_size(job_config: JobConfig, processes: int) -> int:

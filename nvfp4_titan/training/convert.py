@@ -56,13 +56,15 @@ def convert(
     rht: bool = True,
     sr: bool = True,
     weights_2d: bool = True,
+    tensor_scale: bool = True,
 ) -> Report:
     """Convert a model in place.
 
     Args:
         model: Any nn.Module, before FSDP, TP or compile; the whole model, not a pipeline stage.
         recipe: Name in `RECIPES`, or a Recipe.
-        rules: "glob=recipe" strings over FQNs; the last match wins and overrides everything.
+        rules: "glob=recipe" strings over FQNs; the last match wins and overrides everything. Each
+            must decide something.
         bf16_first_layers: Transformer blocks at the start that stay in high precision.
         bf16_last_fraction: Fraction of the blocks, rounded up, at the end that stays so.
         experts: Whether routed experts are converted too.
@@ -71,18 +73,20 @@ def convert(
         rht: Off drops the Hadamard transform.
         sr: Off rounds gradients to nearest.
         weights_2d: Off quantizes weights in 1x16 blocks.
+        tensor_scale: Off drops NVFP4's scale per tensor.
 
     Returns:
         Report of every linear and expert weight.
 
     Raises:
-        ConfigError: unknown recipe, malformed rule, a rule that matches nothing, nothing converted,
-            a model that was converted before, or one that is itself a linear.
+        ConfigError: unknown recipe, malformed rule, a rule that matches nothing or is overridden
+            everywhere, nothing converted, a model that was converted before, or one that is itself
+            a linear.
         UnsupportedError: the backend cannot run here.
     """
     if isinstance(rules, str):
         raise ConfigError(f"rules = {rules!r} must be a list of 'glob=recipe' strings")
-    backend = resolve(backend) if isinstance(backend, str) else backend
+    resolve(backend)
     selection = Selection(
         get_recipe(recipe),
         parse_rules(rules),
@@ -91,6 +95,7 @@ def convert(
         rht,
         sr,
         weights_2d,
+        tensor_scale,
     )
     _check_model(model)
     blocks = _blocks(model)
@@ -113,7 +118,9 @@ def convert(
     return report
 
 
-def _swap(sites: list[_Site], choices: list[Choice], backend: Backend, seed: int) -> None:
+def _swap(sites: list[_Site], choices: list[Choice], backend: str | Backend, seed: int) -> None:
+    used = {choice.recipe for choice in choices if choice.recipe.quantized}
+    backends = {recipe: resolve(backend, recipe) for recipe in used}
     linears: dict[nn.Module, Recipe] = {}
     experts: dict[nn.Module, dict[str, Recipe]] = {}
     for site, choice in zip(sites, choices, strict=True):
@@ -131,10 +138,14 @@ def _swap(sites: list[_Site], choices: list[Choice], backend: Backend, seed: int
     for module, recipe in linears.items():
         if recipe.quantized:
             NVFP4Linear.from_linear(
-                module, recipe=recipe, backend=backend, name=first_names[module][0], seed=seed
+                module,
+                recipe=recipe,
+                backend=backends[recipe],
+                name=first_names[module][0],
+                seed=seed,
             )
     for module, recipes in experts.items():
-        convert_experts(module, recipes, backend, first_names[module][1], seed)
+        convert_experts(module, recipes, backends, first_names[module][1], seed)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -180,7 +191,9 @@ def _experts(model: nn.Module) -> list[_Site]:
             if weight.dim() != 3 or isinstance(module, _CONVOLUTIONS):
                 continue
             obstacle = None
-            if name not in experts:
+            if type(weight) is not nn.Parameter:
+                obstacle = f"its weight is a {type(weight).__name__}, not a plain parameter"
+            elif name not in experts:
                 obstacle = "3D weight of a module without num_experts"
             elif type(module).forward is nn.Module.forward:
                 obstacle = "its module has no forward, so others read the weight"
@@ -198,6 +211,8 @@ def _obstacle(module: nn.Linear, parent: nn.Module) -> str | None:
     """Why a linear cannot be converted, None where it can."""
     if type(module) is not nn.Linear:
         return f"is a {type(module).__name__}, not a plain nn.Linear"
+    if type(module.weight) is not nn.Parameter:
+        return f"has a weight that is a {type(module.weight).__name__}, not a plain parameter"
     if "forward" in module.__dict__:
         return "has a forward of its own"
     if isinstance(parent, nn.TransformerEncoderLayer):
@@ -240,8 +255,15 @@ def _blocks(model: nn.Module) -> dict[str, int]:
 
 
 def _check_rules(selection: Selection, sites: list[_Site]) -> None:
-    for rule in selection.rules:
-        if not any(rule.matches(site.names) for site in sites):
+    for i, rule in enumerate(selection.rules):
+        matched = [site for site in sites if rule.matches(site.names)]
+        later = selection.rules[i + 1 :]
+        if matched and all(any(other.matches(s.names) for other in later) for s in matched):
+            raise ConfigError(
+                f"rule '{rule.glob}={rule.recipe}' decides nothing: later rules match all of its "
+                f"{len(matched)} modules, and the last match wins; move it to the end, or drop it"
+            )
+        if not matched:
             examples = ", ".join(site.names[0] for site in sites[:3])
             raise ConfigError(
                 f"rule '{rule.glob}={rule.recipe}' matches no linear or expert weight; names look "

@@ -15,6 +15,7 @@ wrapped while its forward runs.
 An operation that would drop the subclass raises: experts never fall back silently.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -209,6 +210,17 @@ class WrappingExperts:
         finally:
             self._wrapping = False
 
+    def recipes(self) -> list[tuple[Recipe, Backend]]:
+        """What each converted weight runs in."""
+        return [(options.recipe, options.backend) for _, options in self._converted.values()]
+
+    def change_recipe(self, change: Callable[[Recipe], Recipe]) -> None:
+        """Run every converted weight in change(recipe) from now on."""
+        self._converted = {
+            name: (key, replace(options, recipe=change(options.recipe)))
+            for name, (key, options) in self._converted.items()
+        }
+
     def __getattr__(self, name: str):
         value = super().__getattr__(name)
         if name not in self.__dict__["_converted"]:
@@ -258,20 +270,24 @@ def expert_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def convert_experts(
-    module: nn.Module, recipes: dict[str, Recipe], backend: Backend, fqn: str, seed: int
+    module: nn.Module,
+    recipes: dict[str, Recipe],
+    backends: dict[Recipe, Backend],
+    fqn: str,
+    seed: int,
 ) -> None:
     """Convert a module's expert weights in place.
 
     Args:
         module: Module with `expert_weights`; stays the same object, of a derived class.
         recipes: Quantized recipes by parameter name.
-        backend: The Backend.
+        backends: The Backend of each recipe.
         fqn: The module's FQN in the whole model.
         seed: Seed of stochastic rounding.
     """
     module.__class__ = _wrapping_class(type(module))
     module._wrapping = False
     module._converted = {
-        name: (key_tensor(seed, f"{fqn}.{name}"), ExpertOptions(recipe, backend))
+        name: (key_tensor(seed, f"{fqn}.{name}"), ExpertOptions(recipe, backends[recipe]))
         for name, recipe in recipes.items()
     }

@@ -1,13 +1,21 @@
-"""The autograd function of linears and experts: three NVFP4 GEMMs, operands from high precision.
+"""The autograd function of linears and experts: three GEMMs, each in its recipe's formats.
 
     fprop  y  = Q(x)         @ Q(w).T          x 1x16 RTNE, w 16x16 RTNE
     dgrad  dx = Q(dy)        @ Q(w)            dy 1x16 SR, the same w codes as fprop
     wgrad  dw = Q(RHT(dy.T)) @ Q(RHT(x.T)).T   dy 1x16 SR, x 1x16 RTNE, contraction over tokens
 
 (for the "nvfp4" recipe; the formats come from the recipe). x and dy are each quantized twice from
-high precision, never requantized: an operand's blocks run along its contraction dim. What backward
-needs of x is kept packed, 0.56 bytes an element; of w too. With `offs` the same three GEMMs run
-group by group over (E, N, K) weights.
+high precision, never requantized: an operand's blocks run along its contraction dim. A GEMM whose
+format is None multiplies in high precision. With `offs` the same three GEMMs run group by group
+over (E, N, K) weights.
+
+What backward keeps of x, for wgrad, and of w, for dgrad:
+
+    the recipe's GEMM ..                            kept                          bytes an element
+    shares w's codes with fprop                     fprop's operand               0.56
+    takes dequantized operands                      fprop's operand               0.56
+    is quantized                                    its own operand               0.56, MXFP8 1.03
+    is in high precision                            the original                  2, no copy
 """
 
 import torch
@@ -16,24 +24,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..backends import Backend, OperandUse, stream
 from ..distributed import GemmShards, OperandShard, reduced_amax
 from ..errors import UnsupportedError
-from ..numerics import QuantizedOperand
-from ..recipe import GemmFormat, Recipe
+from ..numerics import QuantizedOperand, dequantize
+from ..numerics.grouped import dequantize_tokens
+from ..recipe import Recipe
+
+Kept = QuantizedOperand | torch.Tensor | None
 
 
-def use(gemm: GemmFormat, name: str, side: str) -> OperandUse:
-    """How one operand of a GEMM is quantized.
+def use(recipe: Recipe, name: str, side: str) -> OperandUse | None:
+    """How one operand of a GEMM is quantized; None where the GEMM runs in high precision.
 
     Args:
-        gemm: The GEMM's formats.
+        recipe: The recipe.
         name: "fprop", "dgrad" or "wgrad".
         side: "left" or "right".
     """
-    return OperandUse(getattr(gemm, side), stream(name, side))
-
-
-def shares_weight_codes(recipe: Recipe) -> bool:
-    """Whether dgrad reads the codes that fprop made of w (16x16 blocks do, 1x16 do not)."""
-    return recipe.fprop.right == recipe.dgrad.right and recipe.fprop.right.transposable
+    gemm = getattr(recipe, name)
+    return gemm and OperandUse(getattr(gemm, side), stream(name, side))
 
 
 class QuantizedGemm(torch.autograd.Function):
@@ -53,30 +60,35 @@ class QuantizedGemm(torch.autograd.Function):
     ) -> torch.Tensor:
         """From x (M, K), w (N, K) or (E, N, K) to y (M, N); grads: are dx and dw needed."""
         need_dx, need_dw = grads
-        shared = shares_weight_codes(recipe)
+        shared, later = recipe.shares_weight_codes, recipe.dequantized
         x_rows, x_cols = _quantize(
             backend,
             x,
-            use(recipe.fprop, "fprop", "left"),
-            use(recipe.wgrad, "wgrad", "right") if need_dw else None,
+            use(recipe, "fprop", "left"),
+            use(recipe, "wgrad", "right") if need_dw and not later else None,
             key,
             offs,
             shards and (shards.mesh, shards.x),
         )
         # A weight is multiplied in the activations' precision, as autocast and FSDP have it.
+        weight = w.to(x.dtype)
         w_rows, w_cols = _quantize(
             backend,
-            w.to(x.dtype),
-            use(recipe.fprop, "fprop", "right"),
-            use(recipe.dgrad, "dgrad", "right") if need_dx and not shared else None,
+            weight,
+            use(recipe, "fprop", "right"),
+            use(recipe, "dgrad", "right") if need_dx and not (shared or later) else None,
             key,
             None,
             shards and (shards.mesh, shards.w),
         )
         # (M, K) @ (N, K).T -> (M, N)
-        y = backend.mm(x_rows, w_rows, w.shape[-2], x.dtype, offs=offs)
-        w_saved = (w_rows if shared else w_cols) if need_dx else None
-        ctx.save_for_backward(offs, key, *_tensors(x_cols), *_tensors(w_saved))
+        if recipe.fprop is None:
+            y = _high_precision_mm(x, weight.transpose(-2, -1), offs)
+        else:
+            y = backend.mm(x_rows, w_rows, w.shape[-2], x.dtype, offs=offs)
+        x_kept = (x_rows if later else x_cols or x) if need_dw else None
+        w_kept = (w_rows if later or shared else w_cols or weight) if need_dx else None
+        ctx.save_for_backward(offs, key, *_tensors(x_kept), *_tensors(w_kept))
         ctx.recipe, ctx.backend, ctx.shards = recipe, backend, shards
         ctx.shape = (*w.shape[-2:], x.shape[0])
         ctx.dtypes = (x.dtype, w.dtype)
@@ -91,29 +103,71 @@ class QuantizedGemm(torch.autograd.Function):
                 "keep these layers in high precision with a rule"
             )
         recipe, backend, shards = ctx.recipe, ctx.backend, ctx.shards
-        n, k, m = ctx.shape
+        _, k, _ = ctx.shape
         x_dtype, w_dtype = ctx.dtypes
-        offs, key, *saved = ctx.saved_tensors
-        x_cols = _operand(saved[:3], m)
-        shared = shares_weight_codes(recipe)
-        w_operand = _operand(saved[3:], k if shared else n)
+        offs, key, *kept = ctx.saved_tensors
+        x = _backward_operand(ctx, "wgrad", kept[:3], key, offs)
+        w = _backward_operand(ctx, "dgrad", kept[3:], key, offs)
+        dy = dy.contiguous()
         dy_rows, dy_cols = _quantize(
             backend,
-            dy.contiguous(),
-            use(recipe.dgrad, "dgrad", "left") if w_operand else None,
-            use(recipe.wgrad, "wgrad", "left") if x_cols else None,
+            dy,
+            use(recipe, "dgrad", "left") if w is not None else None,
+            use(recipe, "wgrad", "left") if x is not None else None,
             key,
             offs,
             shards and (shards.mesh, shards.dy),
         )
         dx = dw = None
-        if w_operand:
-            # (M, N) @ (N, K) -> (M, K)
-            dx = backend.mm(dy_rows, w_operand, k, x_dtype, shared, offs)
-        if x_cols:
-            # (N, M) @ (K, M).T -> (N, K)
-            dw = backend.wgrad(dy_cols, x_cols, w_dtype, offs)
+        # (M, N) @ (N, K) -> (M, K)
+        if isinstance(w, QuantizedOperand):
+            dx = backend.mm(dy_rows, w, k, x_dtype, recipe.shares_weight_codes, offs)
+        elif w is not None:
+            dx = _high_precision_mm(dy, w, offs)
+        # (N, M) @ (K, M).T -> (N, K)
+        if isinstance(x, QuantizedOperand):
+            dw = backend.wgrad(dy_cols, x, w_dtype, offs)
+        elif x is not None:
+            dw = _high_precision_mm(dy.T, x, offs).to(w_dtype)
         return dx, dw, None, None, None, None, None, None
+
+
+def _backward_operand(
+    ctx,
+    gemm: str,
+    tensors: list[torch.Tensor | None],
+    key: torch.Tensor | None,
+    offs: torch.Tensor | None,
+) -> Kept:
+    """Right operand of "dgrad" (w) or "wgrad" (x) from what was kept; None if not needed."""
+    recipe, (n, k, m) = ctx.recipe, ctx.shape
+    is_w = gemm == "dgrad"
+    shared = is_w and recipe.shares_weight_codes
+    own = use(recipe, gemm, "right")
+    if not (shared or recipe.dequantized):
+        return _kept(tensors, own, n if is_w else m)
+    operand = _kept(tensors, use(recipe, "fprop", "right" if is_w else "left"), k)
+    if shared or operand is None:
+        return operand
+    offs = None if is_w else offs
+    dtype = ctx.dtypes[0]
+    t = dequantize(operand, dtype) if offs is None else dequantize_tokens(operand, offs, dtype)
+    if own is None:
+        return t
+    place = ctx.shards and (ctx.shards.mesh, ctx.shards.w if is_w else ctx.shards.x)
+    return _quantize(ctx.backend, t, None, own, key, offs, place)[1]
+
+
+def _high_precision_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None) -> torch.Tensor:
+    """Multiply a @ b, group by group with offs: (M, K) by (E, K, N), or (N, M) by (M, K)."""
+    if offs is None:
+        return a @ b
+    y = torch._grouped_mm(a, b, offs=offs)
+    if b.dim() == 2:
+        return y
+    # torch leaves rows of no group undefined.
+    rows = torch.arange(y.shape[0], device=y.device)
+    return torch.where((rows < offs[-1]).unsqueeze(1), y, torch.zeros_like(y))
 
 
 def _quantize(
@@ -126,18 +180,25 @@ def _quantize(
     place: tuple[DeviceMesh, OperandShard] | None,
 ) -> tuple[QuantizedOperand | None, QuantizedOperand | None]:
     """Quantize a tensor for its uses, as a part of the whole where it is a shard."""
+    if rows is None and cols is None:
+        return None, None
     if place is None or not place[1].sharded:
         return backend.quantize(t, rows, cols, key, offs)
     mesh, shard = place
-    amax = reduced_amax(backend.amax(t, rows, cols, offs), mesh)
+    amax = None
+    if any(use and use.format.format.tensor_scale for use in (rows, cols)):
+        amax = reduced_amax(backend.amax(t, rows, cols, offs), mesh)
     return backend.quantize(t, rows, cols, key, offs, amax, shard.offset)
 
 
-def _tensors(operand: QuantizedOperand | None) -> tuple[torch.Tensor | None, ...]:
-    if operand is None:
-        return None, None, None
-    return operand.codes, operand.block_scale, operand.amax
+def _tensors(kept: Kept) -> tuple[torch.Tensor | None, ...]:
+    if isinstance(kept, QuantizedOperand):
+        return kept.codes, kept.block_scale, kept.amax
+    return kept, None, None
 
 
-def _operand(tensors: list[torch.Tensor | None], size: int) -> QuantizedOperand | None:
-    return None if tensors[0] is None else QuantizedOperand(*tensors, size)
+def _kept(tensors: list[torch.Tensor | None], use: OperandUse | None, size: int) -> Kept:
+    """Inverse of `_tensors`; `use` says how an operand was quantized, None that it was not."""
+    if tensors[0] is None or use is None:
+        return tensors[0]
+    return QuantizedOperand(*tensors, size, use.format.format)

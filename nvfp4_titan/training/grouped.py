@@ -30,7 +30,7 @@ def grouped_mm(
             empty and need no alignment; rows after offs[-1] are padding: their y and dx are 0.
         w: (E, K, N), usually the transposed view of (E, N, K) parameters; same dtype as x.
         offs: (E,) int32 cumulative group ends on x's device; never read on a GPU.
-        recipe: Name in `RECIPES`, or a Recipe with 1x16 blocks for x and dy. "bf16" is
+        recipe: Name in `RECIPES`, or a Recipe with one-row blocks for x and dy. "bf16" is
             torch._grouped_mm itself, which leaves rows of no group undefined.
         backend: Name ("auto" picks), or a Backend.
         key: int64 CPU scalar from `key_tensor`, the SR key; None uses that of seed 0, name "".
@@ -43,7 +43,7 @@ def grouped_mm(
     Raises:
         ConfigError: unknown recipe, shapes or dtypes that do not fit, group ends that decrease or
             pass M (seen on a CPU only).
-        UnsupportedError: the backend cannot run here.
+        UnsupportedError: the backend cannot run here, or lacks a format.
 
     Source: NVIDIA arXiv 2509.25149; the bits are in nvfp4_titan.numerics.
     """
@@ -51,8 +51,7 @@ def grouped_mm(
     _check(x, w, offs, recipe)
     if not recipe.quantized:
         return torch._grouped_mm(x, w, offs=offs)
-    if isinstance(backend, str):
-        backend = resolve(backend)
+    backend = resolve(backend, recipe)
     key = DEFAULT_KEY if key is None else key
     grad = torch.is_grad_enabled()
     grads = (grad and x.requires_grad, grad and w.requires_grad)
@@ -73,9 +72,10 @@ def _check(x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor, recipe: Recipe)
         )
     if recipe.quantized:
         check_operands(x, w)
-        tokens = (recipe.fprop.left, recipe.dgrad.left, recipe.wgrad.left, recipe.wgrad.right)
+        tokens = [gemm.left for gemm in recipe.gemms]
+        tokens += [recipe.wgrad.right] if recipe.wgrad else []
         if any(fmt.block[0] != 1 for fmt in tokens):
             raise ConfigError(
                 f"recipe {recipe.name!r} quantizes tokens in square blocks, which would cross "
-                "groups: use 1x16 blocks for x and dy"
+                "groups: use 1x16 (MXFP8: 1x32) blocks for x and dy"
             )

@@ -1,5 +1,7 @@
 """`linear`, the NVFP4 counterpart of torch.nn.functional.linear, and its module."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -76,8 +78,8 @@ def linear(
 
     Raises:
         ConfigError: unknown recipe, or shapes or dtypes that do not fit.
-        UnsupportedError: the backend cannot run here, or DTensors in a layout that
-            nvfp4_titan.distributed does not know.
+        UnsupportedError: the backend cannot run here or lacks a format, or DTensors in a layout
+            that nvfp4_titan.distributed does not know.
 
     Source: NVIDIA arXiv 2509.25149; the bits are in nvfp4_titan.numerics.
     """
@@ -89,8 +91,7 @@ def linear(
         raise ConfigError(
             f"x {tuple(x.shape)} and w {tuple(w.shape)} do not fit: need (..., K) and (N, K)"
         )
-    if isinstance(backend, str):
-        backend = resolve(backend)
+    backend = resolve(backend, recipe)
     key = DEFAULT_KEY if key is None else key
     check_operands(x, w)
     options = (key, recipe, backend)
@@ -158,7 +159,7 @@ class NVFP4Linear(nn.Linear):
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe = get_recipe(recipe)
-        self.backend = resolve(backend) if isinstance(backend, str) else backend
+        self.backend = resolve(backend, self.recipe)
         self.key = key_tensor(seed, name)
 
     @classmethod
@@ -173,6 +174,14 @@ class NVFP4Linear(nn.Linear):
         module.recipe, module.backend = recipe, backend
         module.key = key_tensor(seed, name)
         return module
+
+    def recipes(self) -> list[tuple[Recipe, Backend]]:
+        """What it runs in, as converted experts list theirs."""
+        return [(self.recipe, self.backend)]
+
+    def change_recipe(self, change: Callable[[Recipe], Recipe]) -> None:
+        """Run in change(recipe) from now on."""
+        self.recipe = change(self.recipe)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N); see `linear`."""

@@ -1,0 +1,32 @@
+"""Results of compared runs as files: OUTPUT.json and OUTPUT.png."""
+
+import json
+from pathlib import Path
+
+from .plot import plot_losses
+from .runs import Run
+
+_FROM_RECORD = ("device", "threads", "python", "versions", "corpus_sha256", "tokenizer_sha256")
+
+
+def write_results(output: Path, figures: dict, runs: dict[str, Run]) -> None:
+    """Write figures, commands, device, versions and loss curves.
+
+    Args:
+        output: Path of the files, without a suffix.
+        figures: What was compared; the head of the JSON.
+        runs: Runs by the name in the legend; the control first.
+    """
+    record = list(runs.values())[-1].record
+    result = {
+        **figures,
+        **{key: record[key] for key in _FROM_RECORD},
+        "commands": [" ".join(run.record["command"][1:]) for run in runs.values()],
+        "train_loss": {name: run.train for name, run in runs.items()},
+        "validation": {name: run.validation for name, run in runs.items()},
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    model = record["config"]["model"]
+    title = f"{model['name']} {model['flavor']}, {record['device']}"
+    plot_losses(runs, title, output.with_suffix(".png"))

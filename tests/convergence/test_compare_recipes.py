@@ -1,0 +1,84 @@
+"""scripts/compare_recipes.py: a tiny run per row, the table, going on after an interruption."""
+
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nvfp4_titan.convergence.recipes import ROWS, row_options, run_rows
+from nvfp4_titan.errors import ConfigError
+from nvfp4_titan.recipe import RECIPES
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "train_configs" / "llama3_debug.toml"
+TINY = [
+    "--training.steps=2", "--training.seq_len=64", "--training.local_batch_size=2",
+    "--validation.seq_len=64", "--validation.local_batch_size=2", "--validation.steps=1",
+    "--validation.freq=2",
+]  # fmt: skip
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("script", ROOT / "scripts/compare_recipes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_table_and_going_on(tmp_path, monkeypatch, capsys):
+    rows = ["bf16", "fp8", "nvfp4_46"]
+    argv = [str(CONFIG), f"--output={tmp_path}/result", f"--runs={tmp_path}/runs", "--rows"]
+    assert script().main([*argv, *rows, "--", *TINY]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert list(result["rows"]) == rows and len(result["commands"]) == 3
+    losses = {name: row["validation_loss"] for name, row in result["rows"].items()}
+    assert len(set(losses.values())) == 3
+    for row in result["rows"].values():
+        assert row["seconds_per_step"] > 0 and row["tokens_per_second"] > 0
+        assert row["peak_memory_gib"] > 0 and abs(row["relative_gap"]) < 0.05
+    assert result["rows"]["bf16"]["relative_gap"] == 0
+    assert result["rows"]["nvfp4_46"]["flops_share"] > 0.6
+    assert (tmp_path / "result.png").stat().st_size > 1000
+    assert (tmp_path / "result.md").read_text() in capsys.readouterr().out
+    # What has finished is not run again; a row that was cut off is, alone.
+    request = tmp_path / "runs" / "fp8" / "request.json"
+    content = json.loads(request.read_text())
+    content.pop("finished")
+    request.write_text(json.dumps(content))
+    started = []
+
+    def refuse(command, **kwargs):
+        started.append(command)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    with pytest.raises(KeyboardInterrupt):
+        script().main([*argv, *rows, "--", *TINY])
+    assert len(started) == 1 and any("float8" in option for option in started[0])
+
+
+def test_rows_are_recipes_or_fp8():
+    assert set(ROWS) - {"fp8"} <= set(RECIPES) and ROWS[0] == "bf16"
+    assert row_options("bf16") == ["--model.converters", ""]
+    assert "--nvfp4.recipe=mxfp8" in row_options("mxfp8")
+    with pytest.raises(ConfigError, match="use one of nvfp4"):
+        row_options("fp9")
+
+
+def test_a_failed_run_names_its_log(tmp_path):
+    with pytest.raises(ConfigError, match="see .*bf16/log.txt"):
+        run_rows(CONFIG, ["bf16"], tmp_path, ["--training.steps=0"])
+    assert "must be positive" in (tmp_path / "bf16" / "log.txt").read_text()
+
+
+def test_errors_name_the_fix(tmp_path):
+    (tmp_path / "bf16").mkdir()
+    (tmp_path / "bf16" / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="use another folder"):
+        run_rows(CONFIG, ["bf16"], tmp_path, [])
+    with pytest.raises(ConfigError, match="is not there"):
+        run_rows(tmp_path / "no.toml", ["bf16"], tmp_path, [])
+    assert script().main([str(tmp_path / "no.toml"), "--output=x"]) == 2

@@ -1,0 +1,60 @@
+"""nvfp4.schedule through torchtitan's trainer: exact before the switch, and across a resume."""
+
+import pytest
+
+from nvfp4_titan.errors import ConfigError, UnsupportedError
+
+DEBUG = (
+    "--model.name=llama3",
+    "--model.flavor=debugmodel",
+    "--model.converters=nvfp4",
+    "--training.dataset=stdlib",
+    "--training.steps=5",
+    "--lr_scheduler.warmup_steps=2",
+    "--lr_scheduler.total_steps=5",
+)
+SCHEDULE = "--nvfp4.schedule=0.6:fprop=bf16"
+CHECKPOINT = ("--checkpoint.enable", "--checkpoint.interval=2", "--checkpoint.keep_latest_k=0",
+              "--checkpoint.no-last-save-model-only")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_exact_before_the_switch_and_across_a_resume(train, single_rank):
+    without = train(*DEBUG, folder="without")
+    whole = train(*DEBUG, SCHEDULE, *CHECKPOINT, folder="whole")
+    assert list(whole) == [1, 2, 3, 4, 5]
+    # 0.6 of 5 steps: the first three run as without it, the fourth is the first to differ.
+    assert [whole[step] == without[step] for step in whole] == [True, True, True, False, False]
+    checkpoints = single_rank / "whole" / "checkpoint"
+    for restored in (2, 4):  # before the switch, and after it
+        target = single_rank / f"resumed{restored}" / "checkpoint"
+        target.mkdir(parents=True)
+        (checkpoints / f"step-{restored}").rename(target / f"step-{restored}")
+        resumed = train(*DEBUG, SCHEDULE, *CHECKPOINT, folder=f"resumed{restored}")
+        assert resumed == {step: whole[step] for step in range(restored + 1, 6)}
+
+
+def test_a_trainer_that_does_not_know_the_step_is_refused(single_rank):
+    from torchtitan.config import ConfigManager
+    from torchtitan.train import Trainer
+
+    argv = [*DEBUG, SCHEDULE, "--job.custom_config_module=nvfp4_titan.titan.job_config"]
+    config = ConfigManager().parse_args([*argv, f"--job.dump_folder={single_rank}"])
+    with pytest.raises(UnsupportedError, match="-m nvfp4_titan.train"):
+        Trainer(config)
+
+
+@pytest.mark.parametrize(
+    ("option", "fragment"),
+    [
+        ("--nvfp4.schedule=0.5:fprop", "of the form"),
+        ("--nvfp4.schedule=5:fprop=bf16", "never reached"),
+        ("--nvfp4.recipe=bf16", "nothing to change"),
+    ],
+)
+def test_checked_before_anything_starts(option, fragment, tmp_path, monkeypatch):
+    from nvfp4_titan.titan.trainer import preflight
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=fragment):
+        preflight([*DEBUG, SCHEDULE, option], 1)
