@@ -1,5 +1,6 @@
-"""What the autograd functions need to know about sharding: DTensor layouts and amax reduction."""
+"""What the autograd functions need to know of sharding: DTensors, amaxes, FSDP gathers."""
 
+from .fp4_gather import GatheredWeight, gathered_operand, rounded_amax
 from .tensor_parallel import (
     GemmShards,
     LocalGemm,
@@ -8,12 +9,19 @@ from .tensor_parallel import (
     localize,
     reduced_amax,
 )
+from .weights import ShardedWeight, fsdp_records, weight_amaxes
 
 __all__ = [
+    "GatheredWeight",
     "GemmShards",
     "LocalGemm",
     "OperandShard",
+    "ShardedWeight",
     "expert_shards",
+    "fsdp_records",
+    "gathered_operand",
     "localize",
     "reduced_amax",
+    "rounded_amax",
+    "weight_amaxes",
 ]

@@ -11,11 +11,12 @@ from ..backends import resolve
 from ..errors import ConfigError, UnsupportedError
 from ..formats import BLOCK
 from ..recipe import Change, Selection, get_recipe, parse_rules, parse_schedule
-from ..training import Report, convert
+from ..training import NVFP4Linear, Report, convert, invalidate_weights, track_weights
+from ..training.experts import WrappingExperts
 from ..training.report import EXPERTS
 from . import activation_checkpoint, record
 
-_RESERVED = {"fp4_all_gather": False, "numerics_log_freq": 0}
+_RESERVED = {"numerics_log_freq": 0}
 """Settings of later versions, and the one value that each may have until then."""
 
 
@@ -33,6 +34,7 @@ class NVFP4Converter(ModelConverter):
         self.job_config = job_config
         check_settings(job_config)
         self.settings = job_config.nvfp4
+        self.frees_weights = _frees_weights(job_config, parallel_dims)
         activation_checkpoint.install()
         if schedule(job_config) and not self.settings.trainer_switches_formats:
             raise UnsupportedError(
@@ -44,6 +46,11 @@ class NVFP4Converter(ModelConverter):
     def convert(self, model: nn.Module) -> None:
         """Convert in place and print the report once."""
         self.report = convert_by_settings(model, self.settings)
+        track_weights(model, fp4_all_gather=self.settings.fp4_all_gather)
+        if self.frees_weights:
+            for module in model.modules():
+                if isinstance(module, NVFP4Linear | WrappingExperts):
+                    module.requantize = True
         if has_converted_experts(self.report):
             align_token_groups()
         if not distributed.is_initialized() or distributed.get_rank() == 0:
@@ -51,7 +58,19 @@ class NVFP4Converter(ModelConverter):
             record.write_conversion(self.job_config, self.report)
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """Nothing to refresh: weights are quantized where they are used."""
+        """The weights changed: the next forward takes their amaxes again."""
+        for part in model if isinstance(model, list) else [model]:
+            invalidate_weights(part)
+
+
+def _frees_weights(job_config: JobConfig, parallel_dims: ParallelDims) -> bool:
+    """Whether FSDP frees gathered weights between a layer's forward and its backward."""
+    policy = job_config.parallelism.fsdp_reshard_after_forward
+    reshards = policy == "always" or (policy == "default" and not parallel_dims.pp_enabled)
+    ac = job_config.activation_checkpoint
+    # A checkpointed block runs its forward right before its backward: nothing is kept for long.
+    checkpointed = ac.mode == "full" or (ac.mode == "selective" and ac.selective_ac_option == "op")
+    return parallel_dims.fsdp_enabled and reshards and not checkpointed
 
 
 def schedule(job_config: JobConfig) -> tuple[Change, ...]:
@@ -139,6 +158,16 @@ def check_settings(job_config: JobConfig) -> None:
         settings.bf16_first_layers,
         settings.bf16_last_fraction,
     )
+    if settings.fp4_all_gather and not settings.weights_2d:
+        raise ConfigError(
+            "nvfp4.fp4_all_gather sends one quantized weight for fprop and dgrad, which needs "
+            "nvfp4.weights_2d = true: set that, or fp4_all_gather = false"
+        )
+    if settings.fp4_all_gather and schedule(job_config):
+        raise ConfigError(
+            "nvfp4.fp4_all_gather cannot follow an nvfp4.schedule, which changes what is gathered: "
+            "drop one of them"
+        )
     for name, only in _RESERVED.items():
         value = getattr(settings, name)
         if value != only:

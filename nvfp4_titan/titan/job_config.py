@@ -85,7 +85,11 @@ class NVFP4:
     """
 
     fp4_all_gather: bool = False
-    """Reserved for FSDP all-gathers of codes and scales; must be false in this version."""
+    """
+    Whether FSDP gathers converted weights in codes and scales, a quarter of bf16's bytes, with the
+    same bits as a result. Weights whose shards do not end where 16x16 blocks end, and what the
+    report keeps in high precision, are gathered as always.
+    """
 
     numerics_log_freq: int = 0
     """Reserved for numerics telemetry every so many steps; must be 0 (off) in this version."""

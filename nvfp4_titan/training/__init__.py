@@ -4,5 +4,16 @@ from .convert import convert
 from .grouped import grouped_mm
 from .linear import NVFP4Linear, key_tensor, linear
 from .report import Entry, Report
+from .weights import invalidate_weights, track_weights
 
-__all__ = ["Entry", "NVFP4Linear", "Report", "convert", "grouped_mm", "key_tensor", "linear"]
+__all__ = [
+    "Entry",
+    "NVFP4Linear",
+    "Report",
+    "convert",
+    "grouped_mm",
+    "invalidate_weights",
+    "key_tensor",
+    "linear",
+    "track_weights",
+]

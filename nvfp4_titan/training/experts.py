@@ -47,6 +47,9 @@ _KEEP = {
 }
 """Operations whose result is still the weight."""
 
+_OF_EXPERTS = {aten.select.int, aten.slice.Tensor}
+"""Of these, what takes some of the experts where it works on dim 0."""
+
 _GROUPED_MM = {torch._grouped_mm, torch.nn.functional.grouped_mm}
 _MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 
@@ -59,11 +62,13 @@ class ExpertOptions:
         recipe: The Recipe.
         backend: The Backend.
         shards: Place of the operands in the whole where tensor parallelism shards experts.
+        requantize: Keep the weights for backward, and not their codes (`linear`).
     """
 
     recipe: Recipe
     backend: Backend
     shards: GemmShards | None = None
+    requantize: bool = False
 
 
 class ExpertWeight(torch.Tensor):
@@ -73,10 +78,11 @@ class ExpertWeight(torch.Tensor):
         data_: The plain weights, (E, N, K) or a part of them.
         key: int64 CPU scalar, the SR key.
         options: ExpertOptions.
+        amax: fp32 (E,), of each whole expert, where it is known; its dims follow data_'s.
     """
 
     @staticmethod
-    def __new__(cls, data_: torch.Tensor, key: torch.Tensor, options: ExpertOptions):
+    def __new__(cls, data_: torch.Tensor, key: torch.Tensor, options: ExpertOptions, amax=None):
         """Make a tensor without storage of its own; the GEMMs read `data_`."""
         return torch.Tensor._make_wrapper_subclass(
             cls,
@@ -88,23 +94,23 @@ class ExpertWeight(torch.Tensor):
             requires_grad=data_.requires_grad,
         )
 
-    def __init__(self, data_: torch.Tensor, key: torch.Tensor, options: ExpertOptions):
-        self.data_, self.key, self.options = data_, key, options
+    def __init__(self, data_: torch.Tensor, key: torch.Tensor, options: ExpertOptions, amax=None):
+        self.data_, self.key, self.options, self.amax = data_, key, options, amax
 
     def __repr__(self) -> str:
         return f"ExpertWeight({tuple(self.shape)}, recipe={self.options.recipe.name})"
 
     # The key is an inner tensor, so that layers which differ in it alone share one compiled graph.
     def __tensor_flatten__(self):
-        return ["data_", "key"], self.options
+        return ["data_", "key"] + ([] if self.amax is None else ["amax"]), self.options
 
     @classmethod
     def __tensor_unflatten__(cls, inner, options, outer_size, outer_stride):
-        return cls(inner["data_"], inner["key"], options)
+        return cls(inner["data_"], inner["key"], options, inner.get("amax"))
 
     def _stable_hash_for_caching(self) -> str:
         options = self.options
-        return f"{options.recipe}/{options.backend.name}/{options.shards}"
+        return f"{options.recipe}/{options.backend.name}/{options.shards}/{options.requantize}"
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -129,7 +135,10 @@ class ExpertWeight(torch.Tensor):
             )
         weight = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, cls))
         plain = pytree.tree_map_only(cls, lambda leaf: leaf.data_, (args, kwargs or {}))
-        return cls(func(*plain[0], **plain[1]), weight.key, weight.options)
+        amax = weight.amax
+        if amax is not None and weight.dim() == 3 and func in _OF_EXPERTS and args[1] == 0:
+            amax = func(amax, *args[1:])
+        return cls(func(*plain[0], **plain[1]), weight.key, weight.options, amax)
 
 
 class _Unwrap(torch.autograd.Function):
@@ -148,12 +157,18 @@ class _Wrap(torch.autograd.Function):
     """Plain tensor to ExpertWeight; the gradient is plain on both sides."""
 
     @staticmethod
-    def forward(ctx, plain: torch.Tensor, key: torch.Tensor, options: ExpertOptions):
-        return ExpertWeight(plain.detach(), key, options)
+    def forward(
+        ctx,
+        plain: torch.Tensor,
+        key: torch.Tensor,
+        options: ExpertOptions,
+        amax: torch.Tensor | None,
+    ):
+        return ExpertWeight(plain.detach(), key, options, amax)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        return grad, None, None
+        return grad, None, None, None
 
 
 def _intercepted_grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None) -> torch.Tensor:
@@ -178,6 +193,8 @@ def _intercepted_grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None) -> to
         backend=options.backend,
         key=w.key,
         shards=options.shards,
+        weight_amax=w.amax,
+        requantize=options.requantize,
     )
 
 
@@ -196,7 +213,16 @@ def _intercepted_matmul(x, other) -> torch.Tensor:
     weight = _Unwrap.apply(w).transpose(0, 1)
     x = cast_input(x, weight)
     check_operands(x, weight)
-    return local_linear(x, weight, w.key, options.recipe, options.backend, options.shards)
+    return local_linear(
+        x,
+        weight,
+        w.key,
+        options.recipe,
+        options.backend,
+        options.shards,
+        w.amax,
+        options.requantize,
+    )
 
 
 class WrappingExperts:
@@ -210,9 +236,22 @@ class WrappingExperts:
         finally:
             self._wrapping = False
 
-    def recipes(self) -> list[tuple[Recipe, Backend]]:
-        """What each converted weight runs in."""
-        return [(options.recipe, options.backend) for _, options in self._converted.values()]
+    def recipes(self) -> dict[str, tuple[Recipe, Backend]]:
+        """What each converted weight runs in, by name."""
+        items = self._converted.items()
+        return {name: (options.recipe, options.backend) for name, (_, options) in items}
+
+    @property
+    def requantize(self) -> bool:
+        """Whether weights are kept for backward, and not their codes (`linear`)."""
+        return any(options.requantize for _, options in self._converted.values())
+
+    @requantize.setter
+    def requantize(self, value: bool) -> None:
+        self._converted = {
+            name: (key, replace(options, requantize=value))
+            for name, (key, options) in self._converted.items()
+        }
 
     def change_recipe(self, change: Callable[[Recipe], Recipe]) -> None:
         """Run every converted weight in change(recipe) from now on."""
@@ -229,12 +268,13 @@ class WrappingExperts:
         if not self._wrapping and torch._C._current_graph_task_id() == -1:
             return value
         key, options = self.__dict__["_converted"][name]
+        amax = self.__dict__["weight_amaxes"].get(name)
         if not isinstance(value, DTensor):
-            return _Wrap.apply(value, key, options)
+            return _Wrap.apply(value, key, options, amax)
         # What leaves through to_local() must be wrapped.
         options = replace(options, shards=expert_shards(value))
         return DTensor.from_local(
-            _Wrap.apply(value.to_local(), key, options),
+            _Wrap.apply(value.to_local(), key, options, amax),
             value.device_mesh,
             value.placements,
             run_check=False,
@@ -287,6 +327,7 @@ def convert_experts(
     """
     module.__class__ = _wrapping_class(type(module))
     module._wrapping = False
+    module.weight_amaxes = {}
     module._converted = {
         name: (key_tensor(seed, f"{fqn}.{name}"), ExpertOptions(recipe, backends[recipe]))
         for name, recipe in recipes.items()

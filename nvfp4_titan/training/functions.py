@@ -16,13 +16,24 @@ What backward keeps of x, for wgrad, and of w, for dgrad:
     takes dequantized operands                      fprop's operand               0.56
     is quantized                                    its own operand               0.56, MXFP8 1.03
     is in high precision                            the original                  2, no copy
+
+Of w nothing is kept where FSDP gathers it again for backward: with `requantize` the weight itself
+is saved, whose storage FSDP frees in between, and quantized a second time. A weight that FSDP
+gathers in codes (`GatheredWeight`) is its own operand.
 """
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..backends import Backend, OperandUse, stream
-from ..distributed import GemmShards, OperandShard, reduced_amax
+from ..distributed import (
+    GatheredWeight,
+    GemmShards,
+    OperandShard,
+    gathered_operand,
+    reduced_amax,
+    rounded_amax,
+)
 from ..errors import UnsupportedError
 from ..numerics import QuantizedOperand, dequantize
 from ..numerics.grouped import dequantize_tokens
@@ -57,8 +68,24 @@ class QuantizedGemm(torch.autograd.Function):
         backend: Backend,
         grads: tuple[bool, bool],
         shards: GemmShards | None = None,
+        w_amax: torch.Tensor | None = None,
+        requantize: bool = False,
     ) -> torch.Tensor:
-        """From x (M, K), w (N, K) or (E, N, K) to y (M, N); grads: are dx and dw needed."""
+        """From x (M, K), w (N, K) or (E, N, K) to y (M, N).
+
+        Args:
+            ctx: Autograd's.
+            x: Activations.
+            w: Weights.
+            offs: Group ends, None for a plain GEMM.
+            key: SR key.
+            recipe: Formats.
+            backend: Operations.
+            grads: Are dx and dw needed.
+            shards: Place of the operands in the whole.
+            w_amax: fp32 () or (E,): amax of the whole weight before its cast, where it is known.
+            requantize: Keep w itself, and not its operand, for backward.
+        """
         need_dx, need_dw = grads
         shared, later = recipe.shares_weight_codes, recipe.dequantized
         x_rows, x_cols = _quantize(
@@ -70,17 +97,16 @@ class QuantizedGemm(torch.autograd.Function):
             offs,
             shards and (shards.mesh, shards.x),
         )
+        w_uses = _weight_uses(recipe, True, need_dx)
         # A weight is multiplied in the activations' precision, as autocast and FSDP have it.
         weight = w.to(x.dtype)
-        w_rows, w_cols = _quantize(
-            backend,
-            weight,
-            use(recipe, "fprop", "right"),
-            use(recipe, "dgrad", "right") if need_dx and not (shared or later) else None,
-            key,
-            None,
-            shards and (shards.mesh, shards.w),
-        )
+        place = shards and (shards.mesh, shards.w)
+        if isinstance(weight, GatheredWeight):
+            tensors = weight.codes, weight.scale, weight.amax
+            w_rows = gathered_operand(*tensors, w.shape[-1], recipe.fprop.right, w.dtype)
+            w_cols = None
+        else:
+            w_rows, w_cols = _quantize_weight(backend, weight, w_uses, key, place, w_amax)
         # (M, K) @ (N, K).T -> (M, N)
         if recipe.fprop is None:
             y = _high_precision_mm(x, weight.transpose(-2, -1), offs)
@@ -88,7 +114,15 @@ class QuantizedGemm(torch.autograd.Function):
             y = backend.mm(x_rows, w_rows, w.shape[-2], x.dtype, offs=offs)
         x_kept = (x_rows if later else x_cols or x) if need_dw else None
         w_kept = (w_rows if later or shared else w_cols or weight) if need_dx else None
-        ctx.save_for_backward(offs, key, *_tensors(x_kept), *_tensors(w_kept))
+        ctx.requantize = requantize and isinstance(w_kept, QuantizedOperand)
+        ctx.gathered = isinstance(weight, GatheredWeight)
+        if ctx.gathered and need_dx:
+            w_tensors = weight.codes, weight.scale, weight.amax
+        elif ctx.requantize:
+            w_tensors = w, w_kept.amax, None
+        else:
+            w_tensors = _tensors(w_kept)
+        ctx.save_for_backward(offs, key, *_tensors(x_kept), *w_tensors)
         ctx.recipe, ctx.backend, ctx.shards = recipe, backend, shards
         ctx.shape = (*w.shape[-2:], x.shape[0])
         ctx.dtypes = (x.dtype, w.dtype)
@@ -107,7 +141,7 @@ class QuantizedGemm(torch.autograd.Function):
         x_dtype, w_dtype = ctx.dtypes
         offs, key, *kept = ctx.saved_tensors
         x = _backward_operand(ctx, "wgrad", kept[:3], key, offs)
-        w = _backward_operand(ctx, "dgrad", kept[3:], key, offs)
+        w = _backward_operand(ctx, "dgrad", _kept_weight(ctx, kept[3:], key), key, offs)
         dy = dy.contiguous()
         dy_rows, dy_cols = _quantize(
             backend,
@@ -129,7 +163,7 @@ class QuantizedGemm(torch.autograd.Function):
             dw = backend.wgrad(dy_cols, x, w_dtype, offs)
         elif x is not None:
             dw = _high_precision_mm(dy.T, x, offs).to(w_dtype)
-        return dx, dw, None, None, None, None, None, None
+        return dx, dw, *(None,) * 8
 
 
 def _backward_operand(
@@ -158,6 +192,49 @@ def _backward_operand(
     return _quantize(ctx.backend, t, None, own, key, offs, place)[1]
 
 
+def _weight_uses(
+    recipe: Recipe, forward: bool, backward: bool
+) -> tuple[OperandUse | None, OperandUse | None]:
+    """Uses of w along K and along N, in the forward pass and for what backward reads."""
+    own = not (recipe.shares_weight_codes or recipe.dequantized)
+    rows = use(recipe, "fprop", "right") if forward or not own else None
+    return rows, use(recipe, "dgrad", "right") if backward and own else None
+
+
+def _quantize_weight(
+    backend: Backend,
+    w: torch.Tensor,
+    uses: tuple[OperandUse | None, OperandUse | None],
+    key: torch.Tensor | None,
+    place: tuple[DeviceMesh, OperandShard] | None,
+    amax: torch.Tensor | None,
+) -> tuple[QuantizedOperand | None, QuantizedOperand | None]:
+    """Operands of w; `amax` is that of the whole weight where it is known."""
+    # The RHT changes the amax.
+    if amax is None or any(use and use.format.rht for use in uses):
+        return _quantize(backend, w, *uses, key, None, place)
+    amax = rounded_amax(amax, w.dtype)
+    return _quantize(backend, w, *uses, key, None, place, torch.stack((amax, amax)))
+
+
+def _kept_weight(ctx, tensors: list[torch.Tensor | None], key: torch.Tensor | None):
+    """The tensors of the operand that backward reads, made again from w or what was gathered."""
+    if tensors[0] is None:
+        return tensors
+    if ctx.gathered:
+        k, fmt = ctx.shape[1], ctx.recipe.fprop.right
+        return _tensors(gathered_operand(*tensors, k, fmt, ctx.dtypes[1]))
+    if not ctx.requantize:
+        return tensors
+    w, amax, _ = tensors
+    place = ctx.shards and (ctx.shards.mesh, ctx.shards.w)
+    uses = _weight_uses(ctx.recipe, False, True)
+    # Backward reads one of the two uses.
+    both = None if amax is None else torch.stack((amax, amax))
+    rows, cols = _quantize(ctx.backend, w.to(ctx.dtypes[0]), *uses, key, None, place, both)
+    return _tensors(rows or cols)
+
+
 def _high_precision_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None) -> torch.Tensor:
     """Multiply a @ b, group by group with offs: (M, K) by (E, K, N), or (N, M) by (M, K)."""
     if offs is None:
@@ -178,15 +255,19 @@ def _quantize(
     key: torch.Tensor | None,
     offs: torch.Tensor | None,
     place: tuple[DeviceMesh, OperandShard] | None,
+    amax: torch.Tensor | None = None,
 ) -> tuple[QuantizedOperand | None, QuantizedOperand | None]:
-    """Quantize a tensor for its uses, as a part of the whole where it is a shard."""
+    """Quantize a tensor for its uses, as a part of the whole where it is a shard.
+
+    `amax`: amaxes of the whole for both uses, None where they are to be taken.
+    """
     if rows is None and cols is None:
         return None, None
     if place is None or not place[1].sharded:
-        return backend.quantize(t, rows, cols, key, offs)
+        return backend.quantize(t, rows, cols, key, offs, amax)
     mesh, shard = place
-    amax = None
-    if any(use and use.format.format.tensor_scale for use in (rows, cols)):
+    scaled = any(use and use.format.format.tensor_scale for use in (rows, cols))
+    if amax is None and scaled:
         amax = reduced_amax(backend.amax(t, rows, cols, offs), mesh)
     return backend.quantize(t, rows, cols, key, offs, amax, shard.offset)
 

@@ -19,6 +19,8 @@ def grouped_mm(
     backend: str | Backend = "auto",
     key: torch.Tensor | None = None,
     shards: GemmShards | None = None,
+    weight_amax: torch.Tensor | None = None,
+    requantize: bool = False,
 ) -> torch.Tensor:
     """Multiply each group of rows by its expert, all three GEMMs in the recipe's formats.
 
@@ -36,6 +38,8 @@ def grouped_mm(
         key: int64 CPU scalar from `key_tensor`, the SR key; None uses that of seed 0, name "".
         shards: None, or the place of x, w and dy in the whole where experts are sharded over ranks
             (`expert_shards`).
+        weight_amax: fp32 (E,), max |w| of each whole expert where it is known beforehand.
+        requantize: Keep w itself for backward, as `linear` has it.
 
     Returns:
         (M, N) in x's dtype; a partial sum where w is sharded along K.
@@ -55,8 +59,8 @@ def grouped_mm(
     key = DEFAULT_KEY if key is None else key
     grad = torch.is_grad_enabled()
     grads = (grad and x.requires_grad, grad and w.requires_grad)
-    weight = w.transpose(-2, -1)
-    return QuantizedGemm.apply(x.contiguous(), weight, offs, key, recipe, backend, grads, shards)
+    options = (offs, key, recipe, backend, grads, shards, weight_amax, requantize)
+    return QuantizedGemm.apply(x.contiguous(), w.transpose(-2, -1), *options)
 
 
 def _check(x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor, recipe: Recipe) -> None:

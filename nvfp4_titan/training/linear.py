@@ -62,6 +62,8 @@ def linear(
     recipe: str | Recipe = "nvfp4",
     backend: str | Backend = "auto",
     key: torch.Tensor | None = None,
+    weight_amax: torch.Tensor | None = None,
+    requantize: bool = False,
 ) -> torch.Tensor:
     """Compute x @ w.T + bias with all three GEMMs in the recipe's formats.
 
@@ -72,6 +74,10 @@ def linear(
         recipe: Name in `RECIPES`, or a Recipe.
         backend: Name ("auto" picks), or a Backend.
         key: int64 CPU scalar from `key_tensor`, the SR key; None uses that of seed 0, name "".
+        weight_amax: fp32 (), max |w| of the whole weight where it is known beforehand; None takes
+            it here.
+        requantize: Keep w itself for backward and quantize it again there, in place of keeping its
+            codes (0.56 bytes an element): right where FSDP frees the gathered w in between.
 
     Returns:
         (..., N) in x's dtype (autocast's where that is enabled).
@@ -94,12 +100,13 @@ def linear(
     backend = resolve(backend, recipe)
     key = DEFAULT_KEY if key is None else key
     check_operands(x, w)
-    options = (key, recipe, backend)
+    kept = (weight_amax, requantize)
     if isinstance(x, DTensor) or isinstance(w, DTensor):
         local = localize(x, w)
-        y = local.wrap(local_linear(local.x, local.w, *options, local.shards))
+        y = local_linear(local.x, local.w, key, recipe, backend, local.shards, *kept)
+        y = local.wrap(y)
     else:
-        y = local_linear(x, w, *options)
+        y = local_linear(x, w, key, recipe, backend, None, *kept)
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -110,6 +117,8 @@ def local_linear(
     recipe: Recipe,
     backend: Backend,
     shards: GemmShards | None = None,
+    weight_amax: torch.Tensor | None = None,
+    requantize: bool = False,
 ) -> torch.Tensor:
     """`linear` of local tensors, checked ones, which are the parts of a whole that `shards` says.
 
@@ -120,6 +129,8 @@ def local_linear(
         recipe: Quantized Recipe.
         backend: Backend.
         shards: None where x and w are whole.
+        weight_amax: fp32 (), amax of the whole weight in its own dtype where it is known.
+        requantize: Keep w for backward and not its codes.
 
     Returns:
         (..., N).
@@ -127,7 +138,8 @@ def local_linear(
     grad = torch.is_grad_enabled()
     grads = (grad and x.requires_grad, grad and w.requires_grad)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    y = QuantizedGemm.apply(flat, w, None, key, recipe, backend, grads, shards)
+    options = (None, key, recipe, backend, grads, shards, weight_amax, requantize)
+    y = QuantizedGemm.apply(flat, w, *options)
     return y.view(*x.shape[:-1], w.shape[0])
 
 
@@ -142,7 +154,11 @@ class NVFP4Linear(nn.Linear):
         recipe: The Recipe.
         backend: The Backend.
         key: int64 CPU scalar, the SR key of this layer.
+        weight_amaxes: {"weight": fp32 ()} where amaxes are tracked (`track_weights`), else {}.
+        requantize: As `linear` has it.
     """
+
+    requantize = False
 
     def __init__(
         self,
@@ -161,6 +177,7 @@ class NVFP4Linear(nn.Linear):
         self.recipe = get_recipe(recipe)
         self.backend = resolve(backend, self.recipe)
         self.key = key_tensor(seed, name)
+        self.weight_amaxes = {}
 
     @classmethod
     def from_linear(
@@ -173,11 +190,12 @@ class NVFP4Linear(nn.Linear):
         module.__class__ = cls
         module.recipe, module.backend = recipe, backend
         module.key = key_tensor(seed, name)
+        module.weight_amaxes = {}
         return module
 
-    def recipes(self) -> list[tuple[Recipe, Backend]]:
-        """What it runs in, as converted experts list theirs."""
-        return [(self.recipe, self.backend)]
+    def recipes(self) -> dict[str, tuple[Recipe, Backend]]:
+        """What its weight runs in, as converted experts list theirs."""
+        return {"weight": (self.recipe, self.backend)}
 
     def change_recipe(self, change: Callable[[Recipe], Recipe]) -> None:
         """Run in change(recipe) from now on."""
@@ -186,7 +204,14 @@ class NVFP4Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N); see `linear`."""
         return linear(
-            x, self.weight, self.bias, recipe=self.recipe, backend=self.backend, key=self.key
+            x,
+            self.weight,
+            self.bias,
+            recipe=self.recipe,
+            backend=self.backend,
+            key=self.key,
+            weight_amax=self.weight_amaxes.get("weight"),
+            requantize=self.requantize,
         )
 
     def extra_repr(self) -> str:

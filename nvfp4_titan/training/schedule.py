@@ -69,7 +69,7 @@ class FormatSchedule:
 
     def _check(self) -> None:
         for module in self._modules:
-            for recipe, backend in module.recipes():
+            for recipe, backend in module.recipes().values():
                 for change, other in self._pending:
                     recipe = recipe.with_gemm(change.gemm, other)
                     resolve(backend, recipe)

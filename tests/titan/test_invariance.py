@@ -27,14 +27,17 @@ RUNS = {
     "deepseek_v3": ("deepseek_v3", 1, {}),
     "fsdp": ("llama3", 2, {"data_parallel_shard": 2}),
     "ddp": ("llama3", 2, {"data_parallel_replicate": 2, "data_parallel_shard": 1}),
+    "fsdp_fp4": ("llama3", 2, {"data_parallel_shard": 2}),
     "pp": ("llama3", 2, {"pipeline_parallel": 2}),
     "tp": ("llama3", 2, {"tensor_parallel": 2}),
     "hsdp": ("llama3", 4, {"data_parallel_replicate": 2, "data_parallel_shard": 2}),
     "tp_fsdp": ("llama3", 4, {"tensor_parallel": 2, "data_parallel_shard": 2}),
+    "tp_fsdp_fp4": ("llama3", 4, {"tensor_parallel": 2, "data_parallel_shard": 2}),
     "moe_fsdp": ("deepseek_v3", 2, {"data_parallel_shard": 2}),
     "moe_tp": ("deepseek_v3", 2, {"tensor_parallel": 2}),
     "ep": ("deepseek_v3", 2, {"data_parallel_shard": 2, "expert_parallel": 2}),
     "ep_fsdp": ("deepseek_v3", 4, {"data_parallel_shard": 4, "expert_parallel": 2}),
+    "ep_fsdp_fp4": ("deepseek_v3", 4, {"data_parallel_shard": 4, "expert_parallel": 2}),
     "ep_tp": (
         "deepseek_v3", 4,
         {"data_parallel_shard": 2, "tensor_parallel": 2, "expert_parallel": 2},
@@ -121,6 +124,8 @@ def results(tmp_path_factory):
                     f"--checkpoint.initial_load_path={seed(model)}",
                     "--checkpoint.load_only",
                 ]
+                if name.endswith("_fp4"):
+                    argv.append("--nvfp4.fp4_all_gather")
                 out = str(folder / name)
                 jobs.append({"argv": argv, "tokens": text(), "port": free_port(), "out": out})
         torch.save(jobs, folder / f"{world}.pt")
@@ -198,6 +203,12 @@ def test_data_and_pipeline_parallel_are_bit_equal_in_the_first_step(name, result
                 for _, _, amax in filter(None, sides):
                     amax /= SEQUENCES * LENGTH
     assert [key for key, sides in expected.items() if not same(ours[key], sides)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp", "tp_fsdp", "ep_fsdp"])
+def test_fp4_all_gather_gives_the_same_losses(name, results):
+    assert losses(results(f"{name}_fp4")) == losses(results(name))
 
 
 @pytest.mark.slow

@@ -1,0 +1,237 @@
+"""FSDP2 all-gathers of quantized weights: codes and scales travel, not bf16.
+
+    sharded parameter (plain, fp32) --pre: quantize with the amax of the whole--> codes, scales
+    --all-gather, 0.25 of bf16's bytes--> GatheredWeight, the unsharded parameter of a forward
+    --QuantizedGemm--> the operand of fprop and dgrad, as it came
+
+It needs weights in square blocks (one operand serves both GEMMs), shards that end where blocks end,
+and amaxes known beforehand (`weights.weight_amaxes`). Then a rank's codes and scales are the
+whole's, bit for bit. Parameters, optimizers and checkpoints see plain shards: FSDP finds its
+extension (`fsdp_pre_all_gather`) on the class of the local tensor alone, which `attach` changes
+after sharding.
+
+What is read of FSDP2 beyond its documented extension: FSDPParam's `sharded_param`, `mesh_info`,
+`fsdp_placement`, `_orig_size` and `_init_extensions` (torch 2.11 to 2.13).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..backends import Backend, OperandUse, stream
+from ..errors import UnsupportedError
+from ..numerics import QuantizedOperand
+from ..recipe import OperandFormat, Recipe
+from .weights import ShardedWeight
+
+aten = torch.ops.aten
+_SAME = {
+    aten._to_copy.default,
+    aten.alias.default,
+    aten.as_strided.default,
+    aten.detach.default,
+    aten.view.default,
+}
+"""Operations that leave a gathered weight what it is, where size and dtype stay."""
+
+
+class GatheredWeight(torch.Tensor):
+    """A gathered weight that exists in codes and scales only; GEMMs read `gathered_operand`.
+
+    Attributes:
+        codes: (..., N, Kp / 2) uint8.
+        scale: (..., ceil(N / 16), Kp / 16) float8_e4m3fn, one per square block.
+        amax: fp32 () or (E,), of the weight before it was cast to the compute dtype; None for
+            formats without a scale per tensor.
+        format: OperandFormat.
+        transposed: Whether the last two dims are swapped.
+    """
+
+    @staticmethod
+    def __new__(cls, codes, scale, amax, format, shape, dtype, transposed=False):
+        """Make a tensor without storage of its own, of `shape` (..., N, K) if not transposed."""
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            (*shape[:-2], shape[-1], shape[-2]) if transposed else shape,
+            dtype=dtype,
+            device=codes.device,
+        )
+
+    def __init__(self, codes, scale, amax, format, shape, dtype, transposed=False):
+        self.codes, self.scale, self.amax = codes, scale, amax
+        self.format, self.transposed = format, transposed
+        self.whole = torch.Size(shape)
+
+    def __repr__(self) -> str:
+        return f"GatheredWeight({tuple(self.shape)}, {self.format})"
+
+    def __tensor_flatten__(self):
+        names = ["codes", "scale"] + ([] if self.amax is None else ["amax"])
+        return names, (self.format, self.whole, self.dtype, self.transposed)
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
+        return cls(inner["codes"], inner["scale"], inner.get("amax"), *context)
+
+    def _with(self, **changes) -> "GatheredWeight":
+        fields = ("codes", "scale", "amax", "format", "dtype", "transposed")
+        values = {name: getattr(self, name) for name in fields} | {"shape": self.whole}
+        return GatheredWeight(**(values | changes))
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        weight = args[0]
+        if func in _SAME:
+            size = args[1] if func in (aten.view.default, aten.as_strided.default) else weight.shape
+            dtype = (kwargs or {}).get("dtype") or weight.dtype
+            if torch.Size(size) == weight.shape and dtype == weight.dtype:
+                return weight._with()
+        if func is aten.t.default or func is aten.transpose.int:
+            dims = {d % weight.dim() for d in args[1:]} or {0, 1}
+            if dims == {weight.dim() - 2, weight.dim() - 1}:
+                return weight._with(transposed=not weight.transposed)
+        if func is aten.select.int and args[1] == 0 and weight.dim() == 3:
+            parts = {name: getattr(weight, name)[args[2]] for name in ("codes", "scale")}
+            amax = None if weight.amax is None else weight.amax[args[2]]
+            return weight._with(**parts, amax=amax, shape=weight.whole[1:])
+        raise UnsupportedError(
+            f"a weight gathered in NVFP4 reached {func}, which needs its values: set "
+            "nvfp4.fp4_all_gather = false"
+        )
+
+
+def gathered_operand(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    amax: torch.Tensor | None,
+    size: int,
+    format: OperandFormat,
+    dtype: torch.dtype,
+) -> QuantizedOperand:
+    """The operand of fprop, whose codes serve dgrad too, from a GatheredWeight's tensors.
+
+    Args:
+        codes: Its codes.
+        scale: Its scales, one per block.
+        amax: Its amax.
+        size: K.
+        format: Its format.
+        dtype: Its dtype.
+    """
+    scale = scale.repeat_interleave(format.block[0], dim=-2)[..., : codes.shape[-2], :]
+    amax = None if amax is None else rounded_amax(amax, dtype)
+    return QuantizedOperand(codes, scale, amax, size, format.format)
+
+
+def rounded_amax(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Amax of a weight after its cast to dtype: rounding keeps the order of values."""
+    return amax.to(dtype).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class WeightGather:
+    """What a shard is quantized with.
+
+    Attributes:
+        amaxes: Amaxes by weight name, those of the whole; kept up to date in place.
+        name: The weight's name among them.
+        recipe: The weight's Recipe.
+        backend: Its Backend.
+    """
+
+    amaxes: dict[str, torch.Tensor]
+    name: str
+    recipe: Recipe
+    backend: Backend
+
+    @property
+    def format(self) -> OperandFormat:
+        """Format of the weight in fprop and dgrad."""
+        return self.recipe.fprop.right
+
+    def quantize(self, shard: torch.Tensor) -> QuantizedOperand:
+        """Quantize a shard in compute dtype, (n, K) or (e, N, K)."""
+        use = OperandUse(self.format, stream("fprop", "right"))
+        both = None
+        if self.format.format.tensor_scale:
+            amax = rounded_amax(self.amaxes[self.name], shard.dtype)
+            both = torch.stack((amax, amax))
+        return self.backend.quantize(shard, use, None, amax=both)[0]
+
+
+class QuantizingShard(torch.Tensor):
+    """A plain shard that FSDP2 gathers quantized; operations on it give plain tensors.
+
+    Attributes:
+        gather: WeightGather.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        # With CPU offload FSDP moves the shard to the device before it asks for its extension.
+        if func is torch.Tensor.to and type(result) is torch.Tensor:
+            result.__class__, result.gather = cls, args[0].gather
+        return result
+
+    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
+        """Codes and scales of this rank's shard, as bytes, and what rebuilds the whole."""
+        shard = self.as_subclass(torch.Tensor).to(mp_policy.param_dtype or self.dtype)
+        gather, experts = self.gather, shard.dim() == 3
+        if experts and gather.format.format.tensor_scale:
+            first = mesh.get_local_rank() * shard.shape[0]
+            mine = gather.amaxes[gather.name][first : first + shard.shape[0]]
+            gather = WeightGather({gather.name: mine}, gather.name, gather.recipe, gather.backend)
+        operand = gather.quantize(shard)
+        scale = operand.block_scale[..., :: gather.format.block[0], :].contiguous()
+        return (operand.codes, scale.view(torch.uint8)), None
+
+    def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
+        """The gathered weight; `out` is the one of before, whose storage was refilled."""
+        if out is not None:
+            return None
+        codes, scale = outputs
+        gather = self.gather
+        amax = gather.amaxes[gather.name] if gather.format.format.tensor_scale else None
+        shape = (*codes.shape[:-1], self.shape[-1])
+        scale = scale.view(gather.format.format.scale_dtype)
+        weight = GatheredWeight(codes, scale, amax, gather.format, shape, param_dtype)
+        return weight, ()
+
+
+def obstacle(weight: ShardedWeight, recipe: Recipe) -> str | None:
+    """Why a weight cannot be gathered quantized, None where it can."""
+    if weight.fsdp is None or weight.fsdp_ranks == 1:
+        return "FSDP does not shard it"
+    if not recipe.shares_weight_codes:
+        return f"recipe {recipe.name!r} does not read one 2D-quantized weight in fprop and dgrad"
+    if weight.fsdp.fsdp_placement.dim != 0:
+        return "FSDP shards experts along their own rows"
+    rows = 1 if weight.experts else recipe.fprop.right.block[0]
+    size = weight.fsdp._orig_size[0]
+    if size % (rows * weight.fsdp_ranks):
+        what = "experts" if weight.experts else "rows"
+        return f"{size} {what} do not split into {weight.fsdp_ranks} shards of whole blocks"
+    return None
+
+
+def attach(
+    weight: ShardedWeight, amaxes: dict[str, torch.Tensor], recipe: Recipe, backend: Backend
+) -> None:
+    """Have FSDP gather a weight quantized from now on; nothing if it does already.
+
+    Args:
+        weight: One without an `obstacle`.
+        amaxes: The module's amaxes by weight name, kept up to date in place.
+        recipe: Its Recipe.
+        backend: Its Backend.
+    """
+    local = weight.local
+    if isinstance(local, QuantizingShard):
+        return
+    local.__class__ = QuantizingShard
+    local.gather = WeightGather(amaxes, weight.name, recipe, backend)
+    weight.fsdp._init_extensions()
