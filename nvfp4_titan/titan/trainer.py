@@ -18,6 +18,7 @@ from torchtitan.train import main as torchtitan_main
 from ..errors import ConfigError, DivergedError
 from ..training.schedule import FormatSchedule
 from . import cpu_runtime, record
+from .checkpoints import choose_step
 from .checks import check
 from .converter import convert_by_settings, schedule, switches
 
@@ -46,18 +47,23 @@ class NVFP4Trainer(Trainer):
             record.write(job_config)
 
     def train(self) -> None:
-        """Train; afterwards record how the tokens spread over experts.
+        """Train, from the newest whole checkpoint; then record how tokens spread over experts.
 
         Raises:
-            ConfigError: the checkpoint to resume from cannot be read.
+            ConfigError: the checkpoint to start from cannot be read.
         """
-        folder = Path(self.job_config.job.dump_folder, self.job_config.checkpoint.folder)
+        checkpoint = self.job_config.checkpoint
+        folder = Path(self.job_config.job.dump_folder, checkpoint.folder)
+        if checkpoint.enable and checkpoint.load_step == -1:
+            checkpoint.load_step = choose_step(folder)
         try:
             super().train()
         except (CheckpointException, EOFError, pickle.UnpicklingError) as error:
             raise ConfigError(
-                f"a checkpoint in {folder} cannot be read ({_first_line(error)}): delete the "
-                "newest step's folder to resume from the one before"
+                f"a checkpoint cannot be read ({_first_line(error)}): check that "
+                "checkpoint.initial_load_path or checkpoint.load_step names a whole one of this "
+                "model, or delete the newest step's folder in "
+                f"{folder} to resume from the one before"
             ) from error
         if distributed.get_rank() == 0:
             record.write_tokens_per_expert(self.job_config, self.model_parts)

@@ -1,0 +1,94 @@
+"""Which checkpoint a run resumes from: the newest whole one, and a message for each that is not.
+
+torchtitan takes the newest `step-N` with a `.metadata` file. DCP writes that file last, so a save
+that was cut off is passed over in silence, and a folder whose data files were lost or cut later is
+taken and fails. Here every file that the metadata names is checked for its length first.
+"""
+
+import os
+import pickle
+import re
+from pathlib import Path
+
+from torch import distributed
+from torch.distributed.checkpoint import FileSystemReader
+from torchtitan.tools.logging import logger
+
+_STEP = re.compile(r"step-(\d+)")
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, None where it is whole.
+
+    Args:
+        folder: A step's folder, of DCP or safetensors files.
+    """
+    if (folder / "model.safetensors.index.json").is_file():
+        return None
+    if not (folder / ".metadata").is_file():
+        return "its save was cut off (there is no .metadata)"
+    try:
+        stored = FileSystemReader(folder).read_metadata().storage_data.values()
+    except (EOFError, pickle.UnpicklingError, AttributeError) as error:
+        return f"its .metadata cannot be read ({error})"
+    ends = {}
+    for part in stored:
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    for name, end in ends.items():
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else 0
+        if size < end:
+            return f"{name} has {size} of {end} bytes"
+    return None
+
+
+def newest_whole_step(folder: Path) -> tuple[int, list[str]]:
+    """The newest step whose checkpoint is whole, and messages about the newer ones.
+
+    Args:
+        folder: The run's checkpoint folder.
+
+    Returns:
+        The step, -1 for none.
+    """
+    steps = {}
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        match = _STEP.fullmatch(entry.name)
+        if match and entry.is_dir():
+            steps[int(match[1])] = entry
+    messages = []
+    for step in sorted(steps, reverse=True):
+        reason = fault(steps[step])
+        if reason is None:
+            return step, messages
+        messages.append(f"{steps[step]} is skipped: {reason}")
+    return -1, messages
+
+
+def choose_step(folder: Path) -> int:
+    """The step that all ranks resume from, -1 to start anew; rank 0 looks and says what it skipped.
+
+    A folder without one whole checkpoint is moved aside: torchtitan would take its presence for a
+    run to resume and not load `initial_load_path`.
+
+    Args:
+        folder: The run's checkpoint folder.
+    """
+    found = [-1]
+    if distributed.get_rank() == 0:
+        found[0], messages = newest_whole_step(folder)
+        for message in messages:
+            logger.warning(message)
+        if messages and found[0] == -1:
+            aside = _unused(folder)
+            os.rename(folder, aside)
+            logger.warning(f"No checkpoint is whole: {folder} is now {aside}, the run starts anew")
+    distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _unused(folder: Path) -> Path:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.incomplete-{number}")).exists():
+        number += 1
+    return aside

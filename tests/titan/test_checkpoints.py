@@ -1,0 +1,114 @@
+"""Checkpoints: exact resume, half-written ones, other formats, shardings and recipes."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nvfp4_titan.errors import ConfigError
+from nvfp4_titan.titan.checkpoints import newest_whole_step
+
+ARGV = (
+    "--model.name=llama3",
+    "--model.flavor=debugmodel",
+    "--training.dataset=stdlib",
+    "--lr_scheduler.warmup_steps=2",
+    "--lr_scheduler.total_steps=4",
+    "--training.steps=4",
+    "--checkpoint.enable",
+    "--checkpoint.interval=2",
+    "--checkpoint.no-last-save-model-only",
+)
+NVFP4 = "--model.converters=nvfp4"
+
+
+def only_first(folder, target):
+    """A run that has just saved step 2."""
+    (target / "checkpoint").mkdir(parents=True)
+    shutil.copytree(folder / "checkpoint" / "step-2", target / "checkpoint" / "step-2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_resume_is_exact(train, single_rank, mode):
+    argv = (*ARGV, NVFP4, f"--checkpoint.async_mode={mode}")
+    whole = train(*argv, folder="whole")
+    only_first(single_rank / "whole", single_rank / "resumed")
+    resumed = train(*argv, folder="resumed")
+    assert resumed == {step: whole[step] for step in (3, 4)}
+
+
+@pytest.mark.slow
+def test_high_precision_continues_in_nvfp4_and_back(train, single_rank):
+    whole = {"": train(*ARGV, folder="bf16"), NVFP4: train(*ARGV, NVFP4, folder="nvfp4")}
+    for source, converter in (("bf16", NVFP4), ("nvfp4", "--model.converters=")):
+        only_first(single_rank / source, single_rank / f"from_{source}")
+        resumed = train(*ARGV, converter, folder=f"from_{source}")
+        assert list(resumed) == [3, 4]
+        # The same weights, another arithmetic.
+        other = whole["" if source == "bf16" else NVFP4]
+        assert all(0 < abs(resumed[step] - other[step]) < 0.02 for step in (3, 4))
+
+
+@pytest.mark.slow
+def test_hugging_face_export_and_import(train, single_rank):
+    train(
+        *ARGV, NVFP4, "--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only",
+        folder="out",
+    )  # fmt: skip
+    exported = single_rank / "out" / "checkpoint" / "step-4"
+    weights = {}
+    for file in exported.glob("*.safetensors"):
+        weights |= load_file(file)
+    assert "model.layers.0.self_attn.q_proj.weight" in weights
+    assert all(type(w) is torch.Tensor and w.dtype == torch.float32 for w in weights.values())
+    load = f"--checkpoint.initial_load_path={exported}"
+    imported = train(
+        *ARGV, NVFP4, load, "--checkpoint.initial_load_in_hf", "--training.steps=1", folder="in"
+    )
+    # The weights of step 4 on the text of step 1.
+    first = train(*ARGV, NVFP4, "--training.steps=1", "--checkpoint.no-enable", folder="new")
+    assert imported[1] < first[1]
+
+
+def truncate(folder):
+    for file in folder.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:-1])
+
+
+def test_which_checkpoints_are_whole(train, single_rank):
+    train(*ARGV, NVFP4, "--checkpoint.interval=1", "--training.steps=3", folder="out")
+    folder = single_rank / "out" / "checkpoint"
+    assert newest_whole_step(folder) == (3, [])
+    truncate(folder / "step-3")
+    step, (message,) = newest_whole_step(folder)
+    assert step == 2 and "step-3 is skipped" in message and "bytes" in message
+    (folder / "step-2" / ".metadata").unlink()
+    assert newest_whole_step(folder)[0] == 1
+    metadata = folder / "step-1" / ".metadata"
+    metadata.write_bytes(metadata.read_bytes()[:50])
+    step, messages = newest_whole_step(folder)
+    assert step == -1 and len(messages) == 3
+    assert newest_whole_step(folder / "nowhere") == (-1, [])
+
+
+@pytest.mark.slow
+def test_a_run_skips_what_is_not_whole(train, single_rank):
+    whole = train(*ARGV, NVFP4, folder="out")
+    checkpoints = single_rank / "out" / "checkpoint"
+    truncate(checkpoints / "step-4")
+    shutil.rmtree(single_rank / "out" / "tb")
+    assert train(*ARGV, NVFP4, folder="out") == {step: whole[step] for step in (3, 4)}
+    for step in (2, 4):
+        truncate(checkpoints / f"step-{step}")
+    shutil.rmtree(single_rank / "out" / "tb")
+    assert train(*ARGV, NVFP4, folder="out") == whole
+    assert (single_rank / "out" / "checkpoint.incomplete-1" / "step-2").is_dir()
+
+
+def test_a_checkpoint_asked_for_by_name_must_be_whole(train, single_rank):
+    train(*ARGV, NVFP4, "--training.steps=2")
+    truncate(single_rank / "out" / "checkpoint" / "step-2")
+    with pytest.raises(ConfigError, match="names a whole one"):
+        train(*ARGV, NVFP4, "--checkpoint.load_step=2")

@@ -1,0 +1,116 @@
+"""Jobs of several processes that fail, restart, and span nodes (two agents on this host)."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = (
+    f"--job.config_file={ROOT}/train_configs/llama3_debug.toml",
+    "--training.steps=8",
+    "--training.seq_len=64",
+    "--training.local_batch_size=2",
+    "--validation.no-enable",
+    "--debug.deterministic",
+    "--checkpoint.enable",
+    "--checkpoint.interval=2",
+)
+KILLED_AT = (2, 5, 8)
+
+
+def environment(**extra):
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    paths = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
+    return inherited | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | extra
+
+
+def losses(folder):
+    """Loss by step of every start of a job; steps that ran twice must agree."""
+    found = {}
+    for path in sorted((folder / "tb").glob("*")):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        if "loss_metrics/global_avg_loss" not in events.Tags()["scalars"]:
+            continue  # killed before its first step ended
+        for event in events.Scalars("loss_metrics/global_avg_loss"):
+            assert found.setdefault(event.step, event.value) == event.value
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_job_resumes_bit_for_bit(tmp_path):
+    """Rank 1 gets SIGKILL three times, once before the first checkpoint; torchrun restarts."""
+    argv = [*OPTIONS, f"--job.dump_folder={tmp_path}/whole"]
+    command = [sys.executable, "-m", "nvfp4_titan.train", *argv]
+    subprocess.run(command, env=environment(NGPU="2"), check=True, capture_output=True)
+    restarted = subprocess.run(
+        [
+            "torchrun", "--nproc-per-node=2", f"--max-restarts={len(KILLED_AT)}",
+            "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "nvfp4_titan.train",
+            *OPTIONS, f"--job.dump_folder={tmp_path}/killed",
+            "--experimental.custom_import=fail_at",
+        ],
+        env=environment(FAIL_AT=",".join(["signal", *map(str, KILLED_AT)])),
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert restarted.returncode == 0, restarted.stderr[-4000:]
+    log = restarted.stdout + restarted.stderr
+    loaded = re.findall(r"Loading the checkpoint from \S+/step-(\d+)", log)
+    assert set(loaded) == {"4", "6"}  # what starts three and four found; two found nothing
+    whole = losses(tmp_path / "whole")
+    assert list(whole) == list(range(1, 9))
+    assert losses(tmp_path / "killed") == whole
+
+
+@pytest.mark.slow
+def test_nothing_hangs_when_one_rank_raises(tmp_path):
+    start = time.monotonic()
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "nvfp4_titan.train", *OPTIONS,
+            "--parallelism.tensor_parallel_degree=2", "--experimental.custom_import=fail_at",
+            f"--job.dump_folder={tmp_path}",
+        ],
+        env=environment(NGPU="2", FAIL_AT="raise,2", LOG_RANK="0,1"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "injected" in done.stdout + done.stderr
+    assert time.monotonic() - start < 240
+
+
+@pytest.mark.slow
+def test_two_nodes(tmp_path):
+    """Two agents that meet at one address: FSDP over two nodes of one process each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        head = f"localhost:{probe.getsockname()[1]}"
+    variables = environment(NNODES="2", HEAD=head, NGPU="1", NO_VENV="1", LOG_RANK="0")
+    command = [
+        str(ROOT / "scripts" / "multinode.sh"), *OPTIONS, "--training.steps=2",
+        "--checkpoint.no-enable", f"--job.dump_folder={tmp_path}",
+    ]  # fmt: skip
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    agents = [subprocess.Popen(command, env=variables, **options) for _ in range(2)]
+    logs = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(log[-3000:] for log in logs)
+    assert any("Applied FSDP" in log for log in logs)
+    assert list(losses(tmp_path)) == [1, 2]
+
+
+def test_multinode_says_what_is_missing():
+    script = str(ROOT / "scripts" / "multinode.sh")
+    variables = {"PATH": os.environ["PATH"]}
+    for given, missing in (({}, "set NNODES"), ({"NNODES": "2"}, "set HEAD")):
+        done = subprocess.run([script], env=variables | given, capture_output=True, text=True)
+        assert done.returncode != 0 and missing in done.stderr
