@@ -54,7 +54,7 @@ CHECKED = {
     "unknown flavor": (["--model.flavor=9B"], "use one of debugmodel"),
     "unknown model": (["--model.name=llama9"], "is unknown"),
     "tokenizer that is not there": (["--model.hf_assets_path=/nowhere"], "is not there"),
-    "reserved setting": (["--nvfp4.fp4_all_gather"], "leave it at False"),
+    "reserved setting": (["--nvfp4.numerics_log_freq=1"], "leave it at 0"),
     "seq_len that is zero": (["--training.seq_len=0"], "must be positive"),
     "odd seq_len": (["--training.seq_len=37"], "multiple of 2"),
     "validation longer than training": (["--training.seq_len=64"], "validation.seq_len"),
