@@ -179,28 +179,30 @@ class Recipe:
             rht: Off drops the Hadamard transform.
             sr: Off rounds to nearest.
             weights_2d: Off quantizes in 1x16 blocks only.
-            tensor_scale: Off drops NVFP4's scale per tensor (a single level of scales).
+            tensor_scale: Off drops NVFP4's scale per tensor of x and w (a single level of scales).
+                dy keeps its own: gradients are far below 6 * 2**-10, where a single level ends.
         """
         switches = {"rht": rht, "sr": sr, "weights_2d": weights_2d, "tensor_scale": tensor_scale}
         off = [name for name, on in switches.items() if not on]
         if not self.quantized or not off:
             return self
 
-        def operand(fmt: OperandFormat) -> OperandFormat:
+        def operand(fmt: OperandFormat, is_dy: bool) -> OperandFormat:
             return OperandFormat(
-                fmt.format if tensor_scale else fmt.format.single_level(),
+                fmt.format if tensor_scale or is_dy else fmt.format.single_level(),
                 fmt.block if weights_2d else (1, fmt.format.block),
                 fmt.rounding if sr else "rtne",
                 fmt.rht and rht,
             )
 
-        def gemm(fmt: GemmFormat | None) -> GemmFormat | None:
-            return fmt and GemmFormat(operand(fmt.left), operand(fmt.right))
+        def gemm(name: str) -> GemmFormat | None:
+            fmt = getattr(self, name)
+            return fmt and GemmFormat(operand(fmt.left, name != "fprop"), operand(fmt.right, False))
 
         return replace(
             self,
             name=f"{self.name} without {', '.join(off)}",
-            **{name: gemm(getattr(self, name)) for name in GEMMS},
+            **{name: gemm(name) for name in GEMMS},
         )
 
     def with_gemm(self, gemm: str, other: "Recipe") -> "Recipe":
@@ -343,7 +345,7 @@ class Selection:
         rht: Whether recipes keep their Hadamard transform.
         sr: Whether recipes keep their stochastic rounding.
         weights_2d: Whether recipes keep their 16x16 weight blocks.
-        tensor_scale: Whether recipes keep NVFP4's scale per tensor.
+        tensor_scale: Whether recipes keep NVFP4's scale per tensor of x and w.
     """
 
     recipe: Recipe

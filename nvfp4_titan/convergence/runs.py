@@ -153,9 +153,11 @@ def compare(control: Run, run: Run) -> dict:
         "step_time_ratio": run.seconds_per_step / control.seconds_per_step,
         "flops_share": run.conversion["flops_share"] if run.conversion else 0.0,
     }
-    if control.tokens_per_expert and run.tokens_per_expert:
-        for name, side in (("control_", control), ("", run)):
-            figures[f"{name}smallest_expert_share"] = smallest_expert_share(side.tokens_per_expert)
+    # The counts are of the last step's validation: zeros where there was none.
+    counts = [side.tokens_per_expert or {} for side in (control, run)]
+    if all(any(map(any, side.values())) for side in counts):
+        for name, side in zip(("control_", ""), counts, strict=True):
+            figures[f"{name}smallest_expert_share"] = smallest_expert_share(side)
     return figures
 
 

@@ -75,7 +75,10 @@ class NVFP4:
     """16x16 weight blocks, the same values in fprop and dgrad; off is 1x16."""
 
     tensor_scale: bool = True
-    """NVFP4's fp32 scale per tensor; off is a single level of scales (no amax over tensors)."""
+    """
+    NVFP4's fp32 scale per tensor; off is a single level of scales for x and w, whose amax is then
+    not needed. Gradients keep theirs: without it they are zeros.
+    """
 
     schedule: list[str] = field(default_factory=list)
     """

@@ -77,7 +77,7 @@ def _start_job(argv: list[str]) -> int:
     simulated = preflight(argv, workers).comm.mode != "default"
     if workers > 1 and not simulated:
         return _spawn(workers, argv)
-    os.environ |= _single_process_environment()
+    os.environ |= single_process_environment()
     train(argv)
     return 0
 
@@ -89,7 +89,8 @@ def _workers() -> int:
     return int(text)
 
 
-def _single_process_environment() -> dict[str, str]:
+def single_process_environment() -> dict[str, str]:
+    """What torchrun would set for a job of one process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -95,18 +95,19 @@ class NVFP4Trainer(Trainer):
             )
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str], trainer_class: type[NVFP4Trainer] = NVFP4Trainer) -> None:
     """Train in this process, one rank, as torchtitan's command line says.
 
     Args:
         argv: torchtitan's options. The config module of nvfp4_titan is added where none is named.
+        trainer_class: The trainer.
 
     Raises:
         UserError: settings that cannot be used, or a loss that is NaN.
     """
     # torchtitan's main() takes the command line; ConfigManager binds it when it is defined.
     ConfigManager.parse_args.__defaults__ = (_complete(argv),)
-    torchtitan_main(NVFP4Trainer)
+    torchtitan_main(trainer_class)
 
 
 def preflight(argv: list[str], world_size: int) -> JobConfig:

@@ -73,7 +73,7 @@ def convert(
         rht: Off drops the Hadamard transform.
         sr: Off rounds gradients to nearest.
         weights_2d: Off quantizes weights in 1x16 blocks.
-        tensor_scale: Off drops NVFP4's scale per tensor.
+        tensor_scale: Off drops NVFP4's scale per tensor of x and w.
 
     Returns:
         Report of every linear and expert weight.

@@ -61,9 +61,10 @@ class Report:
             key = (pattern, entry.shape, entry.recipe, entry.converted, entry.reason)
             groups.setdefault(key, []).append(entry)
         lines = []
+        width = max(8, *(len(entry.recipe) for entry in self.entries if entry.converted), 0)
         for (pattern, shape, recipe, converted, reason), entries in groups.items():
             size = "x".join(map(str, shape))
-            action = f"{recipe:<8}" if converted else "kept    "
+            action = f"{recipe if converted else 'kept':<{width}}"
             where = _layers(entry.fqn for entry in entries)
             lines.append(f"  {action} {len(entries):>4} x {pattern}{where} ({size}): {reason}")
         counts = Counter(entry.kind for entry in self.entries if entry.converted)

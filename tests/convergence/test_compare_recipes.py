@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nvfp4_titan.convergence import Run, compare
 from nvfp4_titan.convergence.recipes import ROWS, row_options, run_rows
 from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.recipe import RECIPES
@@ -82,3 +83,19 @@ def test_errors_name_the_fix(tmp_path):
     with pytest.raises(ConfigError, match="is not there"):
         run_rows(tmp_path / "no.toml", ["bf16"], tmp_path, [])
     assert script().main([str(tmp_path / "no.toml"), "--output=x"]) == 2
+
+
+def test_experts_that_counted_no_validation_are_left_out():
+    section = dict.fromkeys(("seed", "flavor", "seq_len", "local_batch_size", "global_batch_size"))
+    section["steps"] = 2
+    config = dict.fromkeys(("debug", "model", "training", "optimizer", "lr_scheduler"), section)
+    record = {"corpus_sha256": 1, "tokenizer_sha256": 1, "config": config | {"validation": {}}}
+
+    def run(*counts):
+        steps = {1: 1.0, 2: 1.0}
+        return Run(
+            Path("x"), record, None, {"moe": list(counts)}, steps, steps, steps, steps, steps
+        )
+
+    assert "smallest_expert_share" not in compare(run(0.0, 0.0), run(0.0, 0.0))
+    assert compare(run(5.0, 5.0), run(2.0, 6.0))["smallest_expert_share"] == 0.5

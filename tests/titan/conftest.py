@@ -14,9 +14,9 @@ cpu_runtime.patch_moe()
 @pytest.fixture
 def single_rank(monkeypatch, tmp_path):
     """The environment of a one-process job, in a folder of its own."""
-    from nvfp4_titan.titan.launcher import _single_process_environment
+    from nvfp4_titan.titan.launcher import single_process_environment
 
-    for name, value in _single_process_environment().items():
+    for name, value in single_process_environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     yield tmp_path

@@ -51,7 +51,8 @@ def experts(fault=None):
         for weight in module.parameters():
             weight.normal_().mul_(torch.logspace(-2, 0, weight.shape[-1]))
     recipe, made = RECIPES["nvfp4"], {}
-    convert_experts(module, dict.fromkeys(("w1", "w2", "w3"), recipe), None, "moe.experts", 3)
+    recipes = dict.fromkeys(("w1", "w2", "w3"), recipe)
+    convert_experts(module, recipes, {recipe: None}, "moe.experts", 3)
     for name, (key, _) in module._converted.items():
         backend, made[name] = recording(fault)
         module._converted[name] = (key, ExpertOptions(recipe, backend))

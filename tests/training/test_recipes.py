@@ -248,12 +248,17 @@ def test_autocast_and_bias():
 
 def test_switches():
     single = RECIPES["nvfp4_46"].switched(tensor_scale=False)
-    assert single.formats == {"nvfp4_46_single"}
+    assert single.fprop.left.format.name == single.dgrad.right.format.name == "nvfp4_46_single"
+    assert single.dgrad.left.format.name == single.wgrad.left.format.name == "nvfp4_46"
     assert RECIPES["mxfp8"].switched(tensor_scale=False).formats == {"mxfp8"}
     mixed = RECIPES["nvfp4_mxfp8"].switched(sr=False, weights_2d=False)
     assert not mixed.needs_key and mixed.fprop.right.block == (1, 16)
+    x, w, dy = tensors()
     for recipe in (single, mixed):
-        assert all(t.isfinite().all() for t in run(*tensors(), recipe=recipe))
+        # Gradients of a mean over many tokens are this small, and must not become zeros.
+        _, dx, dw = run(x, w, dy * 1e-7, recipe=recipe)
+        assert relative_error(dx, dy * 1e-7 @ w) < 0.3
+        assert relative_error(dw, dy.T * 1e-7 @ x) < 0.3
 
 
 def test_specs_are_read_back():
