@@ -9,10 +9,13 @@ import torch
 from ..errors import ConfigError, UnsupportedError
 from .backend import Backend, OperandUse, stream
 from .reference import REFERENCE
+from .triton import TRITON
 
 __all__ = ["AUTO_ORDER", "BACKENDS", "BACKEND_NAMES", "Backend", "OperandUse", "resolve", "stream"]
 
-BACKENDS: Mapping[str, Backend] = MappingProxyType({REFERENCE.name: REFERENCE})
+BACKENDS: Mapping[str, Backend] = MappingProxyType(
+    {backend.name: backend for backend in (REFERENCE, TRITON)}
+)
 BACKEND_NAMES = ("auto", "reference", "triton", "native")
 AUTO_ORDER = ("native", "triton", "reference")
 

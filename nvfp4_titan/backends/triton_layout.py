@@ -18,32 +18,37 @@ from .triton_rounding import bits, number, round_bits
 
 
 @triton.jit
-def find_group(position, ends, starts, GROUPS: tl.constexpr):
-    """Group that holds a position: index, start.
+def group_bounds(offs_ptr, num_groups, tail, GROUPS: tl.constexpr):
+    """Starts and ends of the groups of tokens, (GROUPS,) int32 each.
 
     Args:
-        position: int32 scalar.
-        ends: (GROUPS,) int32 group ends, non-decreasing.
-        starts: (GROUPS,) int32 group starts.
-        GROUPS: Power of two.
+        offs_ptr: Group ends.
+        num_groups: Number of groups; from here on, groups are empty but for the first, the tail.
+        tail: End of the tail; offs[-1] or less for none.
+        GROUPS: Power of two, at least num_groups (with a tail, more).
     """
-    group = tl.sum((ends <= position).to(tl.int32), axis=0)
-    mine = tl.arange(0, GROUPS) == group
-    return group, tl.sum(tl.where(mine, starts, 0), axis=0)
+    index = tl.arange(0, GROUPS)
+    last = tl.load(offs_ptr + num_groups - 1)
+    tail = tl.maximum(last, tail)
+    ends = tl.load(offs_ptr + index, mask=index < num_groups, other=0)
+    starts = tl.load(offs_ptr + index - 1, mask=(index > 0) & (index <= num_groups), other=0)
+    return (
+        tl.where(index <= num_groups, starts, tail),
+        tl.where(index < num_groups, ends, tail),
+    )
 
 
 @triton.jit
-def group_bounds(offs_ptr, num_groups, GROUPS: tl.constexpr):
-    """Starts, ends and ends of the groups' padded slots, (GROUPS,) int32 each."""
-    index = tl.arange(0, GROUPS)
-    inside = index < num_groups
-    # Beyond the last group: empty groups at its end.
-    last = tl.load(offs_ptr + num_groups - 1)
-    ends = tl.load(offs_ptr + index, mask=inside, other=0)
-    ends = tl.where(inside, ends, last)
-    starts = tl.load(offs_ptr + index - 1, mask=inside & (index > 0), other=0)
-    starts = tl.where(inside, starts, last)
-    return starts, ends, tl.cumsum((ends - starts + 15) // 16 * 16, axis=0)
+def pick(values, index, GROUPS: tl.constexpr):
+    """values[index] of (GROUPS,) int32, 0 beyond."""
+    return tl.sum(tl.where(tl.arange(0, GROUPS) == index, values, 0), axis=0)
+
+
+@triton.jit
+def padded(sizes, BLOCK: tl.constexpr):
+    """Sizes rounded up to blocks, and where blocks of each group end."""
+    rounded = (sizes + (BLOCK - 1)) // BLOCK * BLOCK
+    return rounded, tl.cumsum(rounded, axis=0)
 
 
 @triton.jit
@@ -65,14 +70,12 @@ def locate(slot_block, offs_ptr, rows, num_groups, GROUPS: tl.constexpr):
         group = slot_block // per_group
         return group, slot_block - group * per_group, group * rows, (group + 1) * rows
     else:
-        starts, ends, slot_ends = group_bounds(offs_ptr, num_groups, GROUPS)
-        sizes = (ends - starts + 15) // 16 * 16
+        starts, ends = group_bounds(offs_ptr, num_groups, 0, GROUPS)
+        sizes, slot_ends = padded(ends - starts, 16)
         slot = slot_block * 16
-        group, slot_start = find_group(slot, slot_ends, slot_ends - sizes, GROUPS)
-        mine = tl.arange(0, GROUPS) == group
-        start = tl.sum(tl.where(mine, starts, 0), axis=0)
-        end = tl.sum(tl.where(mine, ends, 0), axis=0)
-        return group, (slot - slot_start) // 16, start, end
+        group = tl.sum((slot_ends <= slot).to(tl.int32), axis=0)
+        block = (slot - pick(slot_ends - sizes, group, GROUPS)) // 16
+        return group, block, pick(starts, group, GROUPS), pick(ends, group, GROUPS)
 
 
 @triton.jit

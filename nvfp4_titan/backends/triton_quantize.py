@@ -119,7 +119,7 @@ def quantize_rows(
         C: Columns of the tile.
         PTX: See triton_rounding.
     """
-    encode, decode = tensor_scales(amax)
+    scales = tensor_scales(amax)
     factor = gemm_factor(amax)
     columns = column + tl.arange(0, C)
     blocks = column // 16 + tl.arange(0, C // 16)
@@ -131,14 +131,14 @@ def quantize_rows(
         tile = transformed
     if SQUARE:
         block_amax = amax_of_blocks(tile_amax(tile), C)
-        code, value, block_encode = block_scales(block_amax, encode, decode, PTX)
+        code, value, block_encode = block_scales(block_amax, scales, PTX)
     for i in tl.static_range(16):
         row = first_row + i
         offset = row.to(tl.int64) * padded_columns
         exists = row < end
         if not SQUARE:
             block_amax = amax_of_blocks(bits(tile[i]) & MAGNITUDE_BITS, C)
-            code, value, block_encode = block_scales(block_amax, encode, decode, PTX)
+            code, value, block_encode = block_scales(block_amax, scales, PTX)
         random = 0
         if SR:
             mantissas = bf16_mantissa(block_amax) | (bf16_mantissa(bits(amax)) << 7)
@@ -188,7 +188,7 @@ def quantize_columns(
         counter_block: Block of the tile in SR counters.
         K: Number of columns.
     """
-    encode, decode = tensor_scales(amax)
+    scales = tensor_scales(amax)
     columns = column + tl.arange(0, C)
     inside = columns < K
     if RHT:
@@ -201,7 +201,7 @@ def quantize_columns(
         block_amax = tile_amax(tile)
     if SQUARE:
         block_amax = spread(amax_of_blocks(block_amax, C), C)
-    code, value, block_encode = block_scales(block_amax, encode, decode, PTX)
+    code, value, block_encode = block_scales(block_amax, scales, PTX)
     if SR:
         mantissas = bf16_mantissa(block_amax) | (bf16_mantissa(bits(amax)) << 7)
         row = counter_row + tl.arange(0, C)

@@ -109,44 +109,65 @@ def e4m3_value(code):
 
 
 @triton.jit
-def reciprocal(x, PTX: tl.constexpr):
-    """1 / x, correctly rounded."""
+def reciprocal(x, lift, PTX: tl.constexpr):
+    """1 / x, correctly rounded.
+
+    Args:
+        x: fp32.
+        lift: fp32 power of two that brings x to between 2**-100 and 2**100.
+        PTX: See the module.
+    """
     if PTX >= 80:
-        # IEEE 754 as div.rn is, and shorter.
-        return tl.inline_asm_elementwise(
-            "rcp.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        # What ptxas makes of rcp.rn.f32 where no exponent is extreme, without its branch (which
+        # keeps one block from overlapping with the next). Powers of two commute with it.
+        lifted = tl.inline_asm_elementwise(
+            "{.reg .f32 r, e; rcp.approx.ftz.f32 r, $1; fma.rn.f32 e, $1, r, 0fBF800000; "
+            "neg.f32 e, e; fma.rn.f32 $0, r, e, r;}",
+            "=f,f",
+            [x * lift],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
         )
+        return lifted * lift
     return tl.div_rn(1.0, x)
 
 
 @triton.jit
 def tensor_scales(amax):
-    """s_enc and s_dec of a tensor (numerics/quantize.py) from its fp32 amax."""
+    """Scales of a tensor (numerics/quantize.py) from its fp32 amax.
+
+    Returns:
+        s_enc, s_dec, and the power of two that brings s_dec to about 1.
+    """
     encode = tl.div_rn(ENCODE_MAX, amax)
     encode = tl.where(encode > FLT_MAX, FLT_MAX, encode)
     encode = tl.where((amax == 0) | (encode == 0), 1.0, encode)
-    return encode, tl.div_rn(1.0, encode)
+    decode = tl.div_rn(1.0, encode)
+    # Clamped: s_dec is subnormal where s_enc is near FLT_MAX.
+    lift = number((254 - tl.maximum((bits(decode) >> 23) & 0xFF, 1)) << 23)
+    return encode, decode, lift
 
 
 @triton.jit
-def block_scales(amax_bits, encode, decode, PTX: tl.constexpr):
+def block_scales(amax_bits, scales, PTX: tl.constexpr):
     """Scales of blocks.
 
     Args:
         amax_bits: int32, bits of the blocks' amaxes.
-        encode: s_enc of the tensor.
-        decode: s_dec of the tensor.
+        scales: From `tensor_scales`.
         PTX: See the module.
 
     Returns:
         e4m3 codes (int32), decode scales S_b (fp32), encode scales enc_b (fp32).
     """
+    encode, decode, lift = scales
     scale = number(amax_bits) * (encode * (1 / 6))
     # An amax from outside may be finite where a block is not: saturating would hide it.
     scale = tl.where(amax_bits >= EXPONENT_BITS, float("nan"), scale)
     code = e4m3_rtne(scale, PTX)
     value = e4m3_value(code)
-    block_encode = tl.minimum(reciprocal(value * decode, PTX), FLT_MAX)
+    block_encode = tl.minimum(reciprocal(value * decode, lift, PTX), FLT_MAX)
     return code, value, tl.where(code == 0, 0.0, block_encode)
 
 
@@ -175,7 +196,12 @@ def e2m1_sr(a, random, PTX: tl.constexpr):
         # (below 2**-126) or lie in an exact product.
         position = bits(
             tl.inline_asm_elementwise(
-                "mul.rz.f32 $0, $1, 0f00800000;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1
+                "mul.rz.f32 $0, $1, 0f00800000;",
+                "=f,f",
+                [a],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
             )
         )
     else:

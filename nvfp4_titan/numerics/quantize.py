@@ -45,12 +45,15 @@ class QuantizedOperand:
             16x16 blocks the scale is repeated on its 16 rows).
         amax: fp32 scalar; the tensor's decode scale is amax / 2688.
         K: Size of the contraction dim before padding.
+        values: (..., Kp) or None: what a backend's GEMM multiplies, where it is not the codes.
+            Codes and scales may then be empty.
     """
 
     codes: torch.Tensor
     block_scale: torch.Tensor
     amax: torch.Tensor
     K: int = field(default=0)
+    values: torch.Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:

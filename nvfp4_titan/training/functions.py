@@ -20,15 +20,19 @@ from ..numerics import QuantizedOperand
 from ..recipe import GemmFormat, Recipe
 
 
-def use(gemm: GemmFormat, name: str, side: str) -> OperandUse:
+def use(
+    gemm: GemmFormat, name: str, side: str, *, kept: bool = False, now: bool = False
+) -> OperandUse:
     """How one operand of a GEMM is quantized.
 
     Args:
         gemm: The GEMM's formats.
         name: "fprop", "dgrad" or "wgrad".
         side: "left" or "right".
+        kept: Whether it is kept for backward.
+        now: Whether its GEMM follows at once.
     """
-    return OperandUse(getattr(gemm, side), stream(name, side))
+    return OperandUse(getattr(gemm, side), stream(name, side), packed=kept, values=now)
 
 
 def shares_weight_codes(recipe: Recipe) -> bool:
@@ -57,8 +61,8 @@ class QuantizedGemm(torch.autograd.Function):
         x_rows, x_cols = _quantize(
             backend,
             x,
-            use(recipe.fprop, "fprop", "left"),
-            use(recipe.wgrad, "wgrad", "right") if need_dw else None,
+            use(recipe.fprop, "fprop", "left", now=True),
+            use(recipe.wgrad, "wgrad", "right", kept=True) if need_dw else None,
             key,
             offs,
             shards and (shards.mesh, shards.x),
@@ -67,8 +71,8 @@ class QuantizedGemm(torch.autograd.Function):
         w_rows, w_cols = _quantize(
             backend,
             w.to(x.dtype),
-            use(recipe.fprop, "fprop", "right"),
-            use(recipe.dgrad, "dgrad", "right") if need_dx and not shared else None,
+            use(recipe.fprop, "fprop", "right", kept=need_dx and shared, now=True),
+            use(recipe.dgrad, "dgrad", "right", kept=True) if need_dx and not shared else None,
             key,
             None,
             shards and (shards.mesh, shards.w),
@@ -100,8 +104,8 @@ class QuantizedGemm(torch.autograd.Function):
         dy_rows, dy_cols = _quantize(
             backend,
             dy.contiguous(),
-            use(recipe.dgrad, "dgrad", "left") if w_operand else None,
-            use(recipe.wgrad, "wgrad", "left") if x_cols else None,
+            use(recipe.dgrad, "dgrad", "left", now=True) if w_operand else None,
+            use(recipe.wgrad, "wgrad", "left", now=True) if x_cols else None,
             key,
             offs,
             shards and (shards.mesh, shards.dy),
