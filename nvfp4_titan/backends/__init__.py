@@ -23,11 +23,12 @@ _logger = logging.getLogger(__name__)
 _announced: set[str] = set()
 
 
-def resolve(name: str) -> Backend:
+def resolve(name: str, device: str | None = None) -> Backend:
     """The backend that a name stands for on this machine.
 
     Args:
         name: "auto" (the fastest that runs here; its choice is logged once), or a backend's name.
+        device: Type of the device that holds the tensors; None: the machine's best.
 
     Raises:
         ConfigError: the name is unknown.
@@ -35,7 +36,7 @@ def resolve(name: str) -> Backend:
     """
     if name == "auto":
         for candidate in AUTO_ORDER:
-            if candidate in BACKENDS and BACKENDS[candidate].unavailable() is None:
+            if candidate in BACKENDS and BACKENDS[candidate].unavailable(device) is None:
                 # A compiler cannot trace a log call; the eager start of a run logs it.
                 if not torch.compiler.is_compiling() and candidate not in _announced:
                     _announced.add(candidate)
@@ -47,7 +48,7 @@ def resolve(name: str) -> Backend:
         raise UnsupportedError(
             f"backend '{name}' is not part of this nvfp4_titan: use backend = 'reference'"
         )
-    reason = BACKENDS[name].unavailable()
+    reason = BACKENDS[name].unavailable(device)
     if reason is not None:
         raise UnsupportedError(
             f"backend '{name}' cannot run here: {reason}; use backend = 'reference'"

@@ -52,8 +52,12 @@ class OperandUse:
 class Unavailable(Protocol):
     """Tells whether a backend runs here."""
 
-    def __call__(self) -> str | None:
-        """None where it can run, else the reason why not."""
+    def __call__(self, device: str | None = None) -> str | None:
+        """None where it can run, else the reason why not.
+
+        Args:
+            device: Type of the device that holds the tensors; None: the machine's best.
+        """
 
 
 class Quantize(Protocol):

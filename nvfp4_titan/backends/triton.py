@@ -112,12 +112,14 @@ def _wgrad(
     return ops.gemm(*operands, True, False, right.shape[1], out_dtype)
 
 
-def _unavailable() -> str | None:
+def _unavailable(device: str | None = None) -> str | None:
     """None where it can run, else why not."""
     if not _INSTALLED:
         return "triton is not installed"
     if _INTERPRETED:
         return None
+    if device == "cpu":
+        return "the tensors are on the CPU"
     if not torch.cuda.is_available():
         return "there is no CUDA GPU"
     if torch.cuda.get_device_capability() < _MIN_CAPABILITY:

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 import triton
 
+from ..errors import UnsupportedError
 from ..formats import BLOCK
 from ..numerics.grouped import padded_rows
 from .triton_amax import _amax_kernel
@@ -71,9 +72,18 @@ class Use:
 
 @cache
 def ptx_level(device: torch.device) -> int:
-    """What `PTX` may be on a device: 0 in the interpreter."""
+    """What `PTX` may be on a device: 0 in the interpreter.
+
+    Raises:
+        UnsupportedError: kernels cannot run there.
+    """
     if triton.knobs.runtime.interpret:
         return 0
+    if device.type != "cuda":
+        raise UnsupportedError(
+            f"backend 'triton' got a tensor on '{device.type}': move it to a GPU, or use "
+            "backend = 'reference'"
+        )
     return 89 if torch.cuda.get_device_capability(device) >= (8, 9) else 80
 
 
@@ -112,6 +122,7 @@ def amax_triton(
         (2, E) fp32, 0 where a use is None.
     """
     amax = torch.zeros((2, slots.groups), dtype=torch.int32, device=t.device)
+    ptx_level(t.device)  # refuses what no kernel runs on
     t = _flat(t)
     if t.numel():
         columns = columns or slots.tile_columns()
@@ -250,7 +261,7 @@ def alpha_triton(a_amax: torch.Tensor, b_amax: torch.Tensor) -> torch.Tensor:
 
 
 def scale_triton(acc: torch.Tensor, alpha: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    """acc (fp32, contiguous) times alpha[0], rounded once to out_dtype."""
+    """Products of acc (fp32, contiguous) with alpha[0], rounded once to out_dtype."""
     out = torch.empty_like(acc, dtype=out_dtype)
     if acc.numel():
         _scale_kernel[(triton.cdiv(acc.numel(), 1024),)](

@@ -26,7 +26,6 @@ from .triton_rounding import (
     gemm_bits,
     gemm_factor,
     nibble,
-    number,
     philox,
     rht_columns,
     rht_rows,

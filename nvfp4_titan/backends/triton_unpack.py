@@ -87,7 +87,7 @@ def cast(x, dtype: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def _scale_kernel(acc_ptr, alpha_ptr, out_ptr, size, C: tl.constexpr, PTX: tl.constexpr):
-    """out = acc * alpha, rounded once."""
+    """Multiply by alpha, round once."""
     index = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
     acc = tl.load(acc_ptr + index, mask=index < size)
     result = cast(acc * tl.load(alpha_ptr), out_ptr.dtype.element_ty, PTX)

@@ -48,7 +48,7 @@ def grouped_mm(
     if not recipe.quantized:
         return torch._grouped_mm(x, w, offs=offs)
     if isinstance(backend, str):
-        backend = resolve(backend)
+        backend = resolve(backend, x.device.type)
     key = DEFAULT_KEY if key is None else key
     grad = torch.is_grad_enabled()
     grads = (grad and x.requires_grad, grad and w.requires_grad)

@@ -80,7 +80,7 @@ def linear(
             f"x {tuple(x.shape)} and w {tuple(w.shape)} do not fit: need (..., K) and (N, K)"
         )
     if isinstance(backend, str):
-        backend = resolve(backend)
+        backend = resolve(backend, device)
     key = DEFAULT_KEY if key is None else key
     check_operands(x, w)
     options = (key, recipe, backend)
