@@ -28,7 +28,7 @@ def _spec(use: OperandUse | None) -> str:
     """A use as the ops take it."""
     if use is None:
         return ""
-    return f"{use.format}/{'p' * use.packed}{'v' * use.values}"
+    return str(use.format) + "/" + ("p" if use.packed else "") + ("v" if use.values else "")
 
 
 def _quantize(

@@ -24,12 +24,9 @@ from .triton_unpack import cast
 
 
 @triton.jit
-def operand(pointers, mask, MASKED: tl.constexpr, PTX: tl.constexpr):
+def operand(pointers, mask, PTX: tl.constexpr):
     """A tile of an operand as tl.dot takes it: bf16, or fp32 from int16 bits (interpreter)."""
-    if MASKED:
-        x = tl.load(pointers, mask=mask, other=0)
-    else:
-        x = tl.load(pointers)
+    x = tl.load(pointers, mask=mask, other=0)
     if PTX == 0:
         return number(x.to(tl.int32) << 16)
     else:
@@ -57,14 +54,13 @@ def _grouped_mm_kernel(
     inner,
     num_groups,
     stride_a,
-    stride_be,
-    stride_bk,
-    stride_bn,
+    stride_b,
+    stride_expert,
+    TRANSPOSED: tl.constexpr,
     GROUPS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    MASKED: tl.constexpr,
     PTX: tl.constexpr,
 ):
     column_tiles = tl.cdiv(columns, BN)
@@ -80,21 +76,30 @@ def _grouped_mm_kernel(
     m = first + tl.arange(0, BM)
     n = (tl.program_id(0) % column_tiles) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    # Clamped, not masked: what rows and columns beyond the end give is not stored.
+    # What rows and columns beyond the end give is not stored: they are clamped where that is
+    # cheaper than a mask. (Along the dim that lies together it would hide that it does.)
     a_rows = tl.minimum(m, rows - 1).to(tl.int64) * stride_a
-    b_columns = tl.minimum(n, columns - 1).to(tl.int64) * stride_bn
     a_pointers = a_ptr + a_rows[:, None] + k[None, :]
-    b_base = b_ptr + tl.where(exists, group, 0).to(tl.int64) * stride_be
-    b_pointers = b_base + k.to(tl.int64)[:, None] * stride_bk + b_columns[None, :]
+    b_base = b_ptr + tl.where(exists, group, 0).to(tl.int64) * stride_expert
+    if TRANSPOSED:
+        b_rows = tl.minimum(n, columns - 1).to(tl.int64) * stride_b
+        b_pointers = b_base + k[:, None] + b_rows[None, :]
+        b_step = BK
+    else:
+        b_pointers = b_base + k.to(tl.int64)[:, None] * stride_b + n[None, :]
+        b_step = BK * stride_b
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, tl.where(exists, inner, 0), BK):
         left = inner - start
-        a = operand(a_pointers, k[None, :] < left, MASKED, PTX)
-        b = operand(b_pointers, k[:, None] < left, MASKED, PTX)
+        a = operand(a_pointers, k[None, :] < left, PTX)
+        b_mask = k[:, None] < left
+        if not TRANSPOSED:
+            b_mask = b_mask & (n[None, :] < columns)
+        b = operand(b_pointers, b_mask, PTX)
         # (BM, BK) @ (BK, BN) -> (BM, BN)
         acc = tl.dot(a, b, acc, input_precision="ieee")
         a_pointers += BK
-        b_pointers += BK * stride_bk.to(tl.int64)
+        b_pointers += b_step
     acc = acc * group_alpha(a_amax_ptr, b_amax_ptr, group, exists)
     y_pointers = y_ptr + m.to(tl.int64)[:, None] * columns + n[None, :]
     inside = (m[:, None] < end) & (n[None, :] < columns)
@@ -128,19 +133,18 @@ def _grouped_wgrad_kernel(
     m = (tile // column_tiles) * BM + tl.arange(0, BM)
     n = (tile % column_tiles) * BN + tl.arange(0, BN)
     slots = first + tl.arange(0, BK)
-    dy_columns, x_columns = tl.minimum(m, N - 1), tl.minimum(n, K - 1)
-    dy_pointers = dy_ptr + slots.to(tl.int64)[:, None] * N + dy_columns[None, :]
-    x_pointers = x_ptr + slots.to(tl.int64)[:, None] * K + x_columns[None, :]
+    dy_pointers = dy_ptr + slots.to(tl.int64)[:, None] * N + m[None, :]
+    x_pointers = x_ptr + slots.to(tl.int64)[:, None] * K + n[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(first, end, BK):
         # Both masked: a NaN of the next group must not meet a zero.
         mine = (start + tl.arange(0, BK) < end)[:, None]
-        dy = operand(dy_pointers, mine, True, PTX)
-        x = operand(x_pointers, mine, True, PTX)
+        dy = operand(dy_pointers, mine & (m[None, :] < N), PTX)
+        x = operand(x_pointers, mine & (n[None, :] < K), PTX)
         # (BM, BK) @ (BK, BN) -> (BM, BN)
         acc = tl.dot(tl.trans(dy), x, acc, input_precision="ieee")
-        dy_pointers += BK * N.to(tl.int64)
-        x_pointers += BK * K.to(tl.int64)
+        dy_pointers += BK * N
+        x_pointers += BK * K
     acc = acc * group_alpha(dy_amax_ptr, x_amax_ptr, group, True)
     rows = group.to(tl.int64) * N + m
     inside = (m[:, None] < N) & (n[None, :] < K)
@@ -160,7 +164,7 @@ class GemmTile:
 
 
 INTERPRETED = GemmTile(32, 32, 32, 1, 1)
-AMPERE = GemmTile(128, 128, 32, 4, 4)
+AMPERE = GemmTile(128, 128, 32, 8, 4)
 HOPPER = GemmTile(128, 256, 64, 8, 3)
 
 
@@ -206,9 +210,6 @@ def grouped_mm_triton(
     if not y.numel():
         return y
     tile = gemm_tile(a.device)
-    inner, stride_bk, stride_bn = b.shape[1], b.shape[2], 1
-    if b_transposed:
-        inner, stride_bk, stride_bn = b.shape[2], 1, b.shape[2]
     # Every group, and the rows of none, may end in an incomplete tile.
     tiles = triton.cdiv(rows, tile.BM) + groups
     _grouped_mm_kernel[(tiles * triton.cdiv(columns, tile.BN),)](
@@ -220,17 +221,16 @@ def grouped_mm_triton(
         offs,
         rows,
         columns,
-        inner,
+        b.shape[2 if b_transposed else 1],
         groups,
         a.shape[1],
+        b.shape[2],
         b.shape[1] * b.shape[2],
-        stride_bk,
-        stride_bn,
+        TRANSPOSED=b_transposed,
         GROUPS=triton.next_power_of_2(groups + 1),
         BM=tile.BM,
         BN=tile.BN,
         BK=tile.BK,
-        MASKED=inner % tile.BK != 0,
         PTX=ptx_level(a.device),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

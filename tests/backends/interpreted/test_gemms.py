@@ -1,0 +1,106 @@
+"""The whole recipe through the Triton backend, forward and backward, in Triton's interpreter."""
+
+import pytest
+import torch
+from backend_checks import KEY, check_gemms, uses
+from support import TOLERANCES, saved_tensors
+
+from nvfp4_titan import RECIPES
+from nvfp4_titan.backends import BACKENDS, resolve
+from nvfp4_titan.numerics import QuantizedOperand
+from nvfp4_titan.training import grouped_mm, linear
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on NaN and overflow
+
+
+def tensors(*shapes, dtype=torch.float32):
+    return (torch.randn(shape).to(dtype) for shape in shapes)
+
+
+# The dtype's one rounding of the output; in fp32 the reference's sums, in their order.
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: TOLERANCES["bf16_output"], torch.float16: 1e-3}
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_linear(dtype):
+    x, w, dy = tensors((20, 37), (24, 37), (20, 24), dtype=dtype)
+    check_gemms(x, w, dy, "cpu", ROUNDING[dtype])
+
+
+def test_weights_in_rows_of_blocks_are_quantized_for_each_gemm():
+    x, w, dy = tensors((20, 37), (24, 37), (20, 24))
+    check_gemms(x, w, dy, "cpu", 1e-6, recipe=RECIPES["nvfp4"].switched(weights_2d=False))
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-15, 1e17])
+def test_alpha_keeps_its_range(scale):
+    x, w, dy = tensors((16, 16), (16, 16), (16, 16))
+    check_gemms(x * scale, w / scale, dy, "cpu", 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grouped(dtype):
+    offs = torch.tensor([5, 5, 24], dtype=torch.int32)
+    x, w, dy = tensors((28, 20), (3, 16, 20), (28, 16), dtype=dtype)
+    check_gemms(x, w, dy, "cpu", ROUNDING[dtype], offs)
+
+
+def test_grouped_with_one_column_and_without_square_blocks():
+    offs = torch.tensor([3, 20], dtype=torch.int32)
+    x, w, dy = tensors((20, 1), (2, 24, 1), (20, 24))
+    check_gemms(x, w, dy, "cpu", 1e-6, offs, RECIPES["nvfp4"].switched(weights_2d=False))
+
+
+def test_groups_of_nothing():
+    offs = torch.zeros(2, dtype=torch.int32)
+    x, w, dy = tensors((4, 20), (2, 24, 20), (4, 24))
+    check_gemms(x, w, dy, "cpu", 0, offs)
+
+
+def test_a_group_does_not_see_its_neighbours():
+    offs = torch.tensor([5, 12, 20], dtype=torch.int32)
+    x, w, dy = tensors((24, 16), (3, 16, 16), (24, 16))
+    results = []
+    for poison in (False, True):
+        if poison:
+            x[6], dy[7], x[20:], dy[20:] = (float(v) for v in ("nan", "inf", "nan", "inf"))
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        y = grouped_mm(leaves[0], leaves[1].mT, offs, backend="triton", key=KEY)
+        y.backward(dy)
+        results.append((y.detach(), leaves[0].grad, leaves[1].grad))
+    before, after = results
+    for rows, e in ((slice(0, 5), 0), (slice(12, 20), 2)):
+        assert torch.equal(before[0][rows], after[0][rows])
+        assert torch.equal(before[1][rows], after[1][rows])
+        assert torch.equal(before[2][e], after[2][e])
+    assert not after[2][1].isfinite().any() and not after[0][20:].any()
+
+
+def test_saved_for_backward_is_packed():
+    x, w = torch.randn(32, 64, requires_grad=True), torch.randn(16, 64, requires_grad=True)
+    saved = [t for t in saved_tensors(linear(x, w, backend="triton")) if t is not None]
+    assert all(t.dtype in (torch.uint8, torch.float8_e4m3fn) or t.numel() == 1 for t in saved)
+    size = sum(t.numel() * t.element_size() for t in saved)
+    assert size <= 0.6 * (x.numel() + w.numel())
+
+
+@pytest.mark.parametrize("offs", [None, torch.tensor([5, 17], dtype=torch.int32)], ids=str)
+def test_what_is_not_kept_is_not_packed_and_what_is_unpacks_to_the_same(offs):
+    t = torch.randn(20, 37)
+    backend, recipe = BACKENDS["triton"], RECIPES["nvfp4"]
+    rows, cols = backend.quantize(t, *uses(recipe.fprop.left, recipe.wgrad.right), offs=offs)
+    packed = [QuantizedOperand(o.codes, o.block_scale, o.amax, o.K) for o in (rows, cols)]
+    w = torch.randn(2, 8, 37) if offs is not None else torch.randn(8, 37)
+    (weight, _) = backend.quantize(w, *uses(recipe.fprop.right, None))
+    results = [
+        (
+            backend.mm(rows, weight, 8, torch.float32, offs=offs),
+            backend.wgrad(cols, cols, torch.float32, offs),
+        )
+        for rows, cols in ((rows, cols), packed)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_auto_picks_it():
+    assert resolve("auto").name == "triton"
