@@ -174,12 +174,11 @@ def block_scales(amax_bits, scales, PTX: tl.constexpr):
 @triton.jit
 def e2m1_rtne(a):
     """`code << 22` of magnitudes a in [0, 6], nearest, ties to even."""
-    # The oracle's min(rint(2a), rint(a) + 2, rint(a / 2) + 4): an addend of 2**23 rounds to
-    # integers, the products are exact, and even addends keep ties even.
-    position = tl.fma(a, 2.0, 8388608.0)
-    position = tl.minimum(position, a + 8388610.0)
-    position = tl.minimum(position, tl.fma(a, 0.5, 8388612.0))
-    return bits(position) << 22
+    # 1, 2 or 4: twice the step. An addend of 2**23 steps rounds to whole steps, ties to even; the
+    # products are exact, so fused or not is the same.
+    base = number(bits(tl.maximum(a, 1.0)) & EXPONENT_BITS)
+    rounded = tl.fma(base, 4194304.0, a)
+    return bits(tl.fma(base, -4194304.0, rounded) * 1.1754943508222875e-38)
 
 
 @triton.jit
