@@ -329,8 +329,9 @@ def philox(row, block, mantissas, stream, key_low, key_high):
     m0: tl.constexpr = 0xD2511F53
     m1: tl.constexpr = 0xCD9E8D57
     for _ in tl.static_range(PHILOX_ROUNDS):
-        high0, high1 = tl.umulhi(c0, m0), tl.umulhi(c2, m1)
-        low0, low1 = c0 * m0, c2 * m1
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        # One instruction gives both halves of a product; umulhi would be another.
+        p0, p1 = c0.to(tl.uint64) * m0, c2.to(tl.uint64) * m1
+        high0, high1 = (p0 >> 32).to(tl.uint32), (p1 >> 32).to(tl.uint32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1.to(tl.uint32), high0 ^ c3 ^ k1, p0.to(tl.uint32)
         k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
     return c0, c1, c2, c3
