@@ -68,7 +68,7 @@ class PlainRecipe(torch.autograd.Function):
 
 def compiled_linear() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The plain recipe under torch.compile."""
-    return torch.compile(PlainRecipe.apply, fullgraph=True)
+    return torch.compile(lambda x, w: PlainRecipe.apply(x, w), fullgraph=True)
 
 
 def compiled_quantize(fmt: OperandFormat) -> Callable[[torch.Tensor], tuple]:
