@@ -54,8 +54,8 @@ class Slots:
         groups = experts[0] if experts else 1
         return Slots(None, rows, columns, groups, 0, groups * triton.cdiv(rows, BLOCK))
 
-    def tile_columns(self, most: int = MAX_COLUMNS) -> int:
-        """Columns of a tile."""
+    def tile_columns(self, most: int) -> int:
+        """Columns of a tile, a power of two from 16. Results do not depend on it."""
         return max(BLOCK, min(most, triton.next_power_of_2(self.columns)))
 
 
@@ -107,7 +107,6 @@ def amax_triton(
     slots: Slots,
     rows: Use | None,
     cols: Use | None,
-    columns: int | None = None,
 ) -> torch.Tensor:
     """Amaxes of a tensor's two uses.
 
@@ -116,7 +115,6 @@ def amax_triton(
         slots: Its groups.
         rows: Its use along the last dim, or None.
         cols: Its use along the dim before, or None.
-        columns: Columns of a tile, a power of two from 16; None picks. The result is the same.
 
     Returns:
         (2, E) fp32, 0 where a use is None.
@@ -125,7 +123,7 @@ def amax_triton(
     ptx_level(t.device)  # refuses what no kernel runs on
     t = _flat(t)
     if t.numel():
-        columns = columns or slots.tile_columns()
+        columns = slots.tile_columns(MAX_COLUMNS)
         _amax_kernel[_grid(slots, columns, slots.columns)](
             t,
             t.stride(0),
@@ -157,7 +155,6 @@ def quantize_triton(
     streams: list[int],
     key: int,
     offset: tuple[int, int],
-    columns: int | None = None,
 ) -> None:
     """Quantize a tensor for its uses.
 
@@ -172,12 +169,11 @@ def quantize_triton(
         streams: SR streams of the two uses.
         key: SR key.
         offset: Global (row, column) of t's first element.
-        columns: Columns of a tile, a power of two from 16; None picks. The result is the same.
     """
     t = _flat(t)
     if not t.numel():
         return
-    columns = columns or slots.tile_columns()
+    columns = slots.tile_columns(MAX_COLUMNS)
     flags = {}
     for name, use in (("ROW", rows), ("COL", cols)):
         flags[name] = use is not None

@@ -58,7 +58,7 @@ CASES = {
     "grouped wgrad": (triton_grouped_gemm._grouped_wgrad_kernel, "bf16", {}, 224),
 }
 # Variants of a kernel that says enough on one architecture.
-HOPPER_ONLY = ("amax of groups", "groups of x", "fp32 x")
+HOPPER_ONLY = ("amax of groups", "x", "groups of x", "fp32 x")
 
 
 DIVISIBLE = (
