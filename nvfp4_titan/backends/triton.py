@@ -122,6 +122,9 @@ def _unavailable(device: str | None = None) -> str | None:
         return "the tensors are on the CPU"
     if not torch.cuda.is_available():
         return "there is no CUDA GPU"
+    # A compiler cannot trace the query; the eager start of a run makes it.
+    if torch.compiler.is_compiling():
+        return None
     if torch.cuda.get_device_capability() < _MIN_CAPABILITY:
         return f"{torch.cuda.get_device_name()} is older than sm_80 and has no bf16 tensor cores"
     return None

@@ -208,7 +208,7 @@ def quantize_triton(
 
 def _words(key: int) -> tuple[int, int]:
     """Low and high half of a 64-bit key as signed 32-bit integers."""
-    return tuple((word & 0xFFFFFFFF ^ 1 << 31) - (1 << 31) for word in (key, key >> 32))
+    return tuple(((word + 2**31) & 0xFFFFFFFF) - 2**31 for word in (key, key >> 32))
 
 
 def unpack_triton(

@@ -9,6 +9,7 @@ A use travels as a string: its `OperandFormat`, and after "/" what is written of
 """
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -50,9 +51,9 @@ def _use(spec: str):
 
 
 def _outputs(
-    t: torch.Tensor, offs: torch.Tensor | None, rows: str, cols: str
+    t: torch.Tensor, offs: torch.Tensor | None, rows: str, cols: str, new: Callable
 ) -> list[torch.Tensor]:
-    """Codes, scales and values of both uses, to be written; empty where not asked for."""
+    """Codes, scales and values of both uses, made by `new`; empty where not asked for."""
     *outer, m, k = t.shape
     kp = -(-k // BLOCK) * BLOCK
     slots = -(-m // BLOCK) * BLOCK if offs is None else padded_rows(m, offs.shape[0])
@@ -60,8 +61,6 @@ def _outputs(
         ((m, kp // 2), (m, kp // BLOCK), (m, kp)),
         ((slots // 2, k), (slots // BLOCK, k), (slots, k)),
     )
-    # Nothing is launched for an empty tensor, whose groups have slots all the same.
-    new = t.new_empty if t.numel() else t.new_zeros
     outputs = []
     for spec, (codes, scale, values) in zip((rows, cols), shapes, strict=True):
         written = spec.partition("/")[2]
@@ -112,7 +111,8 @@ def quantize(
         amaxes = launch.amax_triton(t, slots, *uses)
     else:
         amaxes = amax.to(torch.float32, copy=True).view(2, 1)
-    outputs = _outputs(t, offs, rows, cols)
+    # Nothing is launched for an empty tensor, whose groups have slots all the same.
+    outputs = _outputs(t, offs, rows, cols, t.new_empty if t.numel() else t.new_zeros)
     seed = 0 if key is None else int(key)
     launch.quantize_triton(t, slots, *uses, amaxes, outputs, streams, seed, tuple(offset))
     return (*outputs, amaxes.view(2, *_groups(t, offs)))
@@ -120,7 +120,7 @@ def quantize(
 
 @quantize.register_fake
 def _(t, offs, rows, cols, streams, key, amax, offset):
-    outputs = _outputs(t, offs, rows, cols)
+    outputs = _outputs(t, offs, rows, cols, t.new_empty)
     return (*outputs, t.new_empty((2, *_groups(t, offs)), dtype=torch.float32))
 
 

@@ -224,7 +224,7 @@ def test_compiled_by_inductor_equals_eager(kind):
     offs = torch.tensor([10, 10, 90], dtype=torch.int32, device="cuda")
     if kind == "linear":
         w = w[0].contiguous()
-        function = lambda x, w: linear(x, w, backend="triton", key=KEY)  # noqa: E731
+        function = lambda x, w: linear(x, w, backend="auto", key=KEY)  # noqa: E731
     else:
         function = lambda x, w: grouped_mm(x, w.mT, offs, backend="triton", key=KEY)  # noqa: E731
     eager = gemms(function, x, w, dy)

@@ -17,7 +17,7 @@ W = OperandFormat(block=(16, 16))
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on NaN and overflow
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     SIZES,
     SIZES,
