@@ -208,7 +208,6 @@ def quantize_columns(
         row = counter_row + tl.arange(0, C)
         words = philox(row, counter_block, mantissas, stream, key_low, key_high)
     scaled = value * gemm_factor(amax)
-    even = code
     for i in tl.static_range(16):
         random = 0
         if SR:
