@@ -33,17 +33,31 @@ def stream(gemm: str, side: str) -> int:
 
 @dataclass(frozen=True)
 class OperandUse:
-    """One use of a tensor in a GEMM: its format and its SR stream."""
+    """One use of a tensor in a GEMM.
+
+    Attributes:
+        format: How it is quantized.
+        stream: Its SR stream.
+        packed: Whether codes and block scales are wanted: to keep, or to look at.
+        values: Whether a GEMM follows at once. A backend that multiplies something else than codes
+            then writes that, and may leave out what `packed` does not ask for; others ignore both.
+    """
 
     format: OperandFormat
     stream: int
+    packed: bool = True
+    values: bool = False
 
 
 class Unavailable(Protocol):
     """Tells whether a backend runs here."""
 
-    def __call__(self) -> str | None:
-        """None where it can run, else the reason why not."""
+    def __call__(self, device: str | None = None) -> str | None:
+        """None where it can run, else the reason why not.
+
+        Args:
+            device: Type of the device that holds the tensors; None: the machine's best.
+        """
 
 
 class Quantize(Protocol):

@@ -106,7 +106,7 @@ def _wgrad(
     return ops.mm(*operands, x.codes.shape[0], out_dtype, False)
 
 
-def _unavailable() -> None:
+def _unavailable(device: str | None = None) -> None:
     """Runs everywhere."""
 
 

@@ -40,6 +40,8 @@ class QuantizedOperand:
             scale follows; None where the format has no scale per tensor.
         K: Size of the contraction dim before padding.
         format: The format of codes and scales.
+        values: (..., Kp) or None: what a backend's GEMM multiplies, where it is not the codes.
+            Codes and scales may then be empty.
     """
 
     codes: torch.Tensor
@@ -47,6 +49,7 @@ class QuantizedOperand:
     amax: torch.Tensor | None
     K: int = field(default=0)
     format: BlockFormat = field(default=NVFP4)
+    values: torch.Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:

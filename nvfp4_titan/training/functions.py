@@ -42,16 +42,22 @@ from ..recipe import Recipe
 Kept = QuantizedOperand | torch.Tensor | None
 
 
-def use(recipe: Recipe, name: str, side: str) -> OperandUse | None:
+def use(
+    recipe: Recipe, name: str, side: str, *, kept: bool = False, now: bool = False
+) -> OperandUse | None:
     """How one operand of a GEMM is quantized; None where the GEMM runs in high precision.
 
     Args:
         recipe: The recipe.
         name: "fprop", "dgrad" or "wgrad".
         side: "left" or "right".
+        kept: Whether it is kept for backward.
+        now: Whether its GEMM follows at once.
     """
     gemm = getattr(recipe, name)
-    return gemm and OperandUse(getattr(gemm, side), stream(name, side))
+    return gemm and OperandUse(
+        getattr(gemm, side), stream(name, side), packed=kept or not now, values=now
+    )
 
 
 class QuantizedGemm(torch.autograd.Function):
@@ -91,21 +97,22 @@ class QuantizedGemm(torch.autograd.Function):
         x_rows, x_cols = _quantize(
             backend,
             x,
-            use(recipe, "fprop", "left"),
-            use(recipe, "wgrad", "right") if need_dw and not later else None,
+            use(recipe, "fprop", "left", kept=need_dw and later, now=True),
+            use(recipe, "wgrad", "right", kept=True) if need_dw and not later else None,
             key,
             offs,
             shards and (shards.mesh, shards.x),
         )
-        w_uses = _weight_uses(recipe, True, need_dx)
+        ctx.requantize = requantize and need_dx and (shared or later or recipe.dgrad is not None)
+        w_uses = _forward_weight_uses(recipe, need_dx and not ctx.requantize)
         # A weight is multiplied in the activations' precision, as autocast and FSDP have it.
         weight = w.to(x.dtype)
-        place = shards and (shards.mesh, shards.w)
         if isinstance(weight, GatheredWeight):
             tensors = weight.codes, weight.scale, weight.amax
             w_rows = gathered_operand(*tensors, w.shape[-1], recipe.fprop.right, w.dtype)
             w_cols = None
         else:
+            place = shards and (shards.mesh, shards.w)
             w_rows, w_cols = _quantize_weight(backend, weight, w_uses, key, place, w_amax)
         # (M, K) @ (N, K).T -> (M, N)
         if recipe.fprop is None:
@@ -114,12 +121,11 @@ class QuantizedGemm(torch.autograd.Function):
             y = backend.mm(x_rows, w_rows, w.shape[-2], x.dtype, offs=offs)
         x_kept = (x_rows if later else x_cols or x) if need_dw else None
         w_kept = (w_rows if later or shared else w_cols or weight) if need_dx else None
-        ctx.requantize = requantize and isinstance(w_kept, QuantizedOperand)
         ctx.gathered = isinstance(weight, GatheredWeight)
         if ctx.gathered and need_dx:
             w_tensors = weight.codes, weight.scale, weight.amax
         elif ctx.requantize:
-            w_tensors = w, w_kept.amax, None
+            w_tensors = w, w_amax, None
         else:
             w_tensors = _tensors(w_kept)
         ctx.save_for_backward(offs, key, *_tensors(x_kept), *w_tensors)
@@ -141,13 +147,13 @@ class QuantizedGemm(torch.autograd.Function):
         x_dtype, w_dtype = ctx.dtypes
         offs, key, *kept = ctx.saved_tensors
         x = _backward_operand(ctx, "wgrad", kept[:3], key, offs)
-        w = _backward_operand(ctx, "dgrad", _kept_weight(ctx, kept[3:], key), key, offs)
+        w = _backward_operand(ctx, "dgrad", kept[3:], key, offs)
         dy = dy.contiguous()
         dy_rows, dy_cols = _quantize(
             backend,
             dy,
-            use(recipe, "dgrad", "left") if w is not None else None,
-            use(recipe, "wgrad", "left") if x is not None else None,
+            use(recipe, "dgrad", "left", now=True) if w is not None else None,
+            use(recipe, "wgrad", "left", now=True) if x is not None else None,
             key,
             offs,
             shards and (shards.mesh, shards.dy),
@@ -174,31 +180,56 @@ def _backward_operand(
     offs: torch.Tensor | None,
 ) -> Kept:
     """Right operand of "dgrad" (w) or "wgrad" (x) from what was kept; None if not needed."""
-    recipe, (n, k, m) = ctx.recipe, ctx.shape
+    recipe = ctx.recipe
     is_w = gemm == "dgrad"
+    operand = _kept_weight(ctx, tensors, key) if is_w else _kept_tokens(ctx, tensors)
     shared = is_w and recipe.shares_weight_codes
-    own = use(recipe, gemm, "right")
-    if not (shared or recipe.dequantized):
-        return _kept(tensors, own, n if is_w else m)
-    operand = _kept(tensors, use(recipe, "fprop", "right" if is_w else "left"), k)
-    if shared or operand is None:
+    if shared or not recipe.dequantized or operand is None:
         return operand
     offs = None if is_w else offs
     dtype = ctx.dtypes[0]
     t = dequantize(operand, dtype) if offs is None else dequantize_tokens(operand, offs, dtype)
+    own = use(recipe, gemm, "right", now=True)
     if own is None:
         return t
     place = ctx.shards and (ctx.shards.mesh, ctx.shards.w if is_w else ctx.shards.x)
     return _quantize(ctx.backend, t, None, own, key, offs, place)[1]
 
 
-def _weight_uses(
-    recipe: Recipe, forward: bool, backward: bool
-) -> tuple[OperandUse | None, OperandUse | None]:
-    """Uses of w along K and along N, in the forward pass and for what backward reads."""
+def _kept_tokens(ctx, tensors: list[torch.Tensor | None]) -> Kept:
+    """What was kept of x: the operand of wgrad, or that of fprop, or x."""
+    _, k, m = ctx.shape
+    if ctx.recipe.dequantized:
+        return _kept(tensors, use(ctx.recipe, "fprop", "left"), k)
+    return _kept(tensors, use(ctx.recipe, "wgrad", "right"), m)
+
+
+def _kept_weight(ctx, tensors: list[torch.Tensor | None], key: torch.Tensor | None) -> Kept:
+    """What was kept of w, as of x; made again from w, or from what FSDP gathered."""
+    recipe, (n, k, _), (x_dtype, w_dtype) = ctx.recipe, ctx.shape, ctx.dtypes
+    if tensors[0] is None:
+        return None
+    if ctx.gathered:
+        return gathered_operand(*tensors, k, recipe.fprop.right, w_dtype)
+    of_fprop = recipe.shares_weight_codes or recipe.dequantized
+    if ctx.requantize:
+        w, amax, _ = tensors
+        name = "fprop" if of_fprop else "dgrad"
+        again = use(recipe, name, "right", kept=recipe.dequantized, now=True)
+        uses = (again, None) if of_fprop else (None, again)
+        place = ctx.shards and (ctx.shards.mesh, ctx.shards.w)
+        rows, cols = _quantize_weight(ctx.backend, w.to(x_dtype), uses, key, place, amax)
+        return rows or cols
+    return _kept(
+        tensors, use(recipe, "fprop" if of_fprop else "dgrad", "right"), k if of_fprop else n
+    )
+
+
+def _forward_weight_uses(recipe: Recipe, keep: bool) -> tuple[OperandUse | None, OperandUse | None]:
+    """Uses of w along K and along N in the forward pass; keep: for backward, too."""
     own = not (recipe.shares_weight_codes or recipe.dequantized)
-    rows = use(recipe, "fprop", "right") if forward or not own else None
-    return rows, use(recipe, "dgrad", "right") if backward and own else None
+    rows = use(recipe, "fprop", "right", kept=keep and not own, now=True)
+    return rows, use(recipe, "dgrad", "right", kept=True) if keep and own else None
 
 
 def _quantize_weight(
@@ -215,24 +246,6 @@ def _quantize_weight(
         return _quantize(backend, w, *uses, key, None, place)
     amax = rounded_amax(amax, w.dtype)
     return _quantize(backend, w, *uses, key, None, place, torch.stack((amax, amax)))
-
-
-def _kept_weight(ctx, tensors: list[torch.Tensor | None], key: torch.Tensor | None):
-    """The tensors of the operand that backward reads, made again from w or what was gathered."""
-    if tensors[0] is None:
-        return tensors
-    if ctx.gathered:
-        k, fmt = ctx.shape[1], ctx.recipe.fprop.right
-        return _tensors(gathered_operand(*tensors, k, fmt, ctx.dtypes[1]))
-    if not ctx.requantize:
-        return tensors
-    w, amax, _ = tensors
-    place = ctx.shards and (ctx.shards.mesh, ctx.shards.w)
-    uses = _weight_uses(ctx.recipe, False, True)
-    # Backward reads one of the two uses.
-    both = None if amax is None else torch.stack((amax, amax))
-    rows, cols = _quantize(ctx.backend, w.to(ctx.dtypes[0]), *uses, key, None, place, both)
-    return _tensors(rows or cols)
 
 
 def _high_precision_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None) -> torch.Tensor:

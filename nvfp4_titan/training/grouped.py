@@ -55,7 +55,7 @@ def grouped_mm(
     _check(x, w, offs, recipe)
     if not recipe.quantized:
         return torch._grouped_mm(x, w, offs=offs)
-    backend = resolve(backend, recipe)
+    backend = resolve(backend, recipe, x.device.type)
     key = DEFAULT_KEY if key is None else key
     grad = torch.is_grad_enabled()
     grads = (grad and x.requires_grad, grad and w.requires_grad)

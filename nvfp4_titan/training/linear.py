@@ -97,7 +97,7 @@ def linear(
         raise ConfigError(
             f"x {tuple(x.shape)} and w {tuple(w.shape)} do not fit: need (..., K) and (N, K)"
         )
-    backend = resolve(backend, recipe)
+    backend = resolve(backend, recipe, x.device.type)
     key = DEFAULT_KEY if key is None else key
     check_operands(x, w)
     kept = (weight_amax, requantize)

@@ -58,7 +58,7 @@ def test_gemms_are_those_of_the_operands():
     assert relative_error(dw, whole(dy_cols) @ whole(x_cols).T) < 1e-6
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", [n for n, b in BACKENDS.items() if b.unavailable("cpu") is None])
 @pytest.mark.parametrize("side", ["rows", "cols"])
 @pytest.mark.parametrize("gemm", ["fprop", "dgrad", "wgrad"])
 def test_backend_operands_equal_the_oracle(name, side, gemm):

@@ -1,0 +1,149 @@
+"""cuBLAS's GEMM with alpha in device memory: D = alpha * (A @ B), alpha applied in fp32.
+
+torch multiplies only by an alpha that the host knows: reading the amaxes back would wait for the
+device, and scaling the product afterwards would round twice, or write it twice. cublasGemmEx takes
+alpha as a device pointer; called through ctypes on torch's own handle it runs on the current stream
+with torch's workspace, waits for nothing and can be captured in a CUDA graph.
+
+Source: cuBLAS documentation, cublasGemmEx, cublasSetPointerMode, cublasSetMathMode.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ..errors import UnsupportedError
+
+POINTER_MODE_DEVICE = 1
+# Sums of parts are exchanged in fp32, not in the output's dtype.
+MATH_DISALLOW_REDUCED_PRECISION_REDUCTION = 16
+COMPUTE_32F = 68
+GEMM_DEFAULT = -1
+OP_N, OP_T = 0, 1
+DATA_TYPES = {torch.bfloat16: 14, torch.float32: 0}
+"""cudaDataType of what a GEMM of bf16 operands can write."""
+
+
+_MODES = {
+    ("cublasGetPointerMode_v2", "cublasSetPointerMode_v2"): POINTER_MODE_DEVICE,
+    ("cublasGetMathMode", "cublasSetMathMode"): MATH_DISALLOW_REDUCED_PRECISION_REDUCTION,
+}
+"""What this module changes on torch's handle while it calls."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The cuBLAS that torch has loaded into this process; None where there is none."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    for line in maps.read_text().splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if Path(path).name.startswith("libcublas.so"):
+            return _declare(ctypes.CDLL(path))
+    return None
+
+
+def _declare(cublas: ctypes.CDLL) -> ctypes.CDLL:
+    handle = pointer = ctypes.c_void_p
+    integer = ctypes.c_int
+    matrix = (pointer, integer, integer)  # data, type, leading dim
+    cublas.cublasGemmEx.argtypes = [
+        *(handle, integer, integer, integer, integer, integer, pointer),
+        *(*matrix, *matrix, pointer, *matrix, integer, integer),
+    ]
+    for get, put in _MODES:
+        getattr(cublas, get).argtypes = [handle, ctypes.POINTER(integer)]
+        getattr(cublas, put).argtypes = [handle, integer]
+    return cublas
+
+
+def _check(status: int, call: str) -> None:
+    if status != 0:
+        raise RuntimeError(f"{call} failed with cuBLAS status {status}")
+
+
+@contextmanager
+def _modes(cublas: ctypes.CDLL, handle: int) -> Iterator[None]:
+    """Modes for one call, those of torch afterwards."""
+    before = []
+    for (get, put), mode in _MODES.items():
+        value = ctypes.c_int()
+        _check(getattr(cublas, get)(handle, value), get)
+        _check(getattr(cublas, put)(handle, mode), put)
+        before.append((put, value.value))
+    try:
+        yield
+    finally:
+        for put, mode in before:
+            _check(getattr(cublas, put)(handle, mode), put)
+
+
+def gemm_arguments(
+    a: torch.Tensor, b: torch.Tensor, a_transposed: bool, b_transposed: bool, sizes: tuple
+) -> tuple:
+    """How cuBLAS, which counts columns first, is told of a GEMM of row-major matrices.
+
+    D (m, n) row-major is D.T (n, m) to cuBLAS, and D.T = B.T @ A.T, of matrices that it sees
+    transposed already: B goes first, and what is stored transposed is transposed back.
+
+    Args:
+        a: (m, k) contiguous, or (k, m) if a_transposed; may be wider than the GEMM reads.
+        b: (k, n) contiguous, or (n, k) if b_transposed; likewise.
+        a_transposed: See a.
+        b_transposed: See b.
+        sizes: m, n, k.
+
+    Returns:
+        Operations, sizes, and both leading dims: opB, opA, n, m, k, ldB, ldA.
+    """
+    m, n, k = sizes
+    op_a, op_b = (OP_T if flag else OP_N for flag in (a_transposed, b_transposed))
+    return op_b, op_a, n, m, k, b.shape[1], a.shape[1]
+
+
+def gemm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_transposed: bool,
+    b_transposed: bool,
+    sizes: tuple[int, int, int],
+    alpha: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """(m, n) = alpha * (m, k) @ (k, n) with fp32 accumulation.
+
+    Args:
+        a: See `gemm_arguments`; bf16 on a GPU.
+        b: Likewise.
+        a_transposed: See `gemm_arguments`.
+        b_transposed: See `gemm_arguments`.
+        sizes: m, n, k, none of them 0.
+        alpha: (2,) fp32 on the GPU: alpha and 0.
+        out_dtype: bfloat16 or float32.
+
+    Raises:
+        UnsupportedError: no cuBLAS in this process.
+    """
+    cublas = library()
+    if cublas is None:
+        raise UnsupportedError("torch has loaded no cuBLAS here")
+    op_b, op_a, n, m, k, ldb, lda = gemm_arguments(a, b, a_transposed, b_transposed, sizes)
+    d = torch.empty((m, n), dtype=out_dtype, device=a.device)
+    bf16, output = DATA_TYPES[torch.bfloat16], DATA_TYPES[out_dtype]
+    with torch.cuda.device(a.device):
+        # Also sets the handle's stream and workspace to torch's current ones.
+        handle = torch.cuda.current_blas_handle()
+        with _modes(cublas, handle):
+            status = cublas.cublasGemmEx(
+                *(handle, op_b, op_a, n, m, k, alpha.data_ptr()),
+                *(b.data_ptr(), bf16, ldb, a.data_ptr(), bf16, lda),
+                *(alpha.data_ptr() + alpha.element_size(), d.data_ptr(), output, n),
+                *(COMPUTE_32F, GEMM_DEFAULT),
+            )
+    _check(status, "cublasGemmEx")
+    return d

@@ -1,0 +1,153 @@
+"""The Triton backend: the whole recipe in fused kernels and bf16 GEMMs, on sm_80 and newer.
+
+Bits are the oracle's. A GEMM multiplies `lut[q] * S_b`, which bf16 holds exactly, with fp32
+accumulation, and alpha is applied in fp32 before the output cast: the NVFP4 GEMM up to the order of
+accumulation (it emulates FP4, at bf16 speed). Operands for a GEMM that follows at once are written
+as those values; operands kept for later stay packed, 0.56 bytes an element, and are unpacked when
+used.
+
+This module imports no Triton; triton_ops.py loads the kernels when the first one runs.
+"""
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+from ..numerics import QuantizedOperand
+from . import triton_ops as ops
+from .backend import Backend, GemmOp, Operands, OperandUse
+
+_INSTALLED = find_spec("triton") is not None
+# Triton reads it on import, so that it cannot change later.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_MIN_CAPABILITY = (8, 0)
+
+
+def _spec(use: OperandUse | None) -> str:
+    """A use as the ops take it."""
+    if use is None:
+        return ""
+    return str(use.format) + "/" + ("p" if use.packed else "") + ("v" if use.values else "")
+
+
+def _quantize(
+    t: torch.Tensor,
+    rows: OperandUse | None,
+    cols: OperandUse | None,
+    key: torch.Tensor | None = None,
+    offs: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
+    offset: tuple[int, int] = (0, 0),
+) -> Operands:
+    uses = (rows, cols)
+    # Without the layer's key, calls on one tensor are the same call: compilers merge them.
+    keyed = any(use and use.format.rounding == "sr" for use in uses)
+    streams = [use.stream if use else 0 for use in uses]
+    outputs = ops.quantize(
+        t, offs, _spec(rows), _spec(cols), streams, key if keyed else None, amax, list(offset)
+    )
+    amaxes = outputs[6]
+    row_operand = _operand(rows, outputs[:3], amaxes[0], t.shape[-1])
+    # Stored tokens first; an operand has its contraction last.
+    col_outputs = [o.mT if o.dim() > 1 else o for o in outputs[3:6]]
+    return row_operand, _operand(cols, col_outputs, amaxes[1], t.shape[-2])
+
+
+def _operand(
+    use: OperandUse | None, outputs: list[torch.Tensor], amax: torch.Tensor, size: int
+) -> QuantizedOperand | None:
+    if use is None:
+        return None
+    codes, scale, values = outputs
+    values = values if use.values else None
+    return QuantizedOperand(codes, scale, amax, size, use.format.format, values)
+
+
+def _amax(
+    t: torch.Tensor,
+    rows: OperandUse | None,
+    cols: OperandUse | None,
+    offs: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return ops.amax(t, offs, _spec(rows), _spec(cols))
+
+
+def _values(
+    operand: QuantizedOperand, along_rows: bool, offs: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the GEMM multiplies, as it lies: (R, Kp), or with along_rows (P, K), tokens first."""
+    if operand.values is not None:
+        return operand.values.mT if along_rows else operand.values
+    packed = operand.codes, operand.block_scale
+    if along_rows:
+        packed = tuple(t.mT for t in packed)
+    return ops.unpack(*packed, operand.amax, offs, along_rows)
+
+
+def _mm(
+    a: QuantizedOperand,
+    b: QuantizedOperand,
+    columns: int,
+    out_dtype: torch.dtype,
+    b_transposed: bool = False,
+    offs: torch.Tensor | None = None,
+) -> torch.Tensor:
+    # A weight quantized along its rows lies contraction first. (One row may pass for one column:
+    # they lie alike.)
+    b_tensor = b.codes if b.values is None else b.values
+    contraction_first = not b_tensor.is_contiguous()
+    left, right = _values(a, False, offs), _values(b, contraction_first)
+    operands = (left, right, a.amax, b.amax)
+    transposed = contraction_first == b_transposed
+    if offs is not None:
+        return ops.grouped_mm(*operands, offs, transposed, columns, out_dtype)
+    return ops.gemm(*operands, False, transposed, columns, out_dtype)
+
+
+def _weight_shape(
+    a: torch.Tensor, b: torch.Tensor, a_amax, b_amax, a_transposed, b_transposed, columns, *_
+) -> tuple[int, int]:
+    return b.shape[1 if b_transposed else 0], columns
+
+
+def _wgrad(
+    dy: QuantizedOperand,
+    x: QuantizedOperand,
+    out_dtype: torch.dtype,
+    offs: torch.Tensor | None = None,
+) -> torch.Tensor:
+    left, right = _values(dy, True, offs), _values(x, True, offs)
+    operands = (left, right, dy.amax, x.amax)
+    if offs is not None:
+        return ops.grouped_wgrad(*operands, offs, out_dtype)
+    return ops.gemm(*operands, True, False, right.shape[1], out_dtype)
+
+
+def _unavailable(device: str | None = None) -> str | None:
+    """None where it can run, else why not."""
+    if not _INSTALLED:
+        return "triton is not installed"
+    if _INTERPRETED:
+        return None
+    if device == "cpu":
+        return "the tensors are on the CPU"
+    if not torch.cuda.is_available():
+        return "there is no CUDA GPU"
+    # A compiler cannot trace the query; the eager start of a run makes it.
+    if torch.compiler.is_compiling():
+        return None
+    if torch.cuda.get_device_capability() < _MIN_CAPABILITY:
+        return f"{torch.cuda.get_device_name()} is older than sm_80 and has no bf16 tensor cores"
+    return None
+
+
+TRITON = Backend(
+    name="triton",
+    unavailable=_unavailable,
+    quantize=_quantize,
+    amax=_amax,
+    mm=_mm,
+    wgrad=_wgrad,
+    gemm=GemmOp("nvfp4_titan::triton_gemm", _weight_shape),
+)

@@ -1,0 +1,286 @@
+"""Grouped GEMMs of experts, alpha applied per group in fp32 before the output cast.
+
+    fprop, dgrad   (m, K) @ (K, N) -> (m, N) for the m rows of each group; rows of no group give 0
+    wgrad          (N, p) @ (p, K) -> (N, K) for the p slots of each group
+
+Operands are the bf16 values of triton_quantize.py, products are accumulated in fp32.
+
+Not torch._grouped_mm: it has no alpha and rounds its sums to bf16. Scaling afterwards would round
+twice (2.3e-3 relative Frobenius where one rounding gives 1.6e-3, of a bar of 3e-3), read and write
+the output once more (19% of the forward at 16 experts, M=16384, K=2048, N=1408), and could not give
+the fp32 gradients that an fp32 weight asks for.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .triton_launch import EXACT, ptx_level
+from .triton_layout import group_bounds, padded, pick
+from .triton_rounding import gemm_exponent, number
+from .triton_unpack import cast
+
+
+@triton.jit
+def operand(pointers, mask, PTX: tl.constexpr):
+    """A tile of an operand as tl.dot takes it: bf16, or fp32 from int16 bits (interpreter)."""
+    x = tl.load(pointers, mask=mask, other=0)
+    if PTX == 0:
+        return number(x.to(tl.int32) << 16)
+    else:
+        return x
+
+
+@triton.jit
+def group_alpha(a_amax_ptr, b_amax_ptr, group, exists):
+    """Alpha of a group; 0 for no group."""
+    _, a = gemm_exponent(tl.load(a_amax_ptr + group, mask=exists, other=0.0))
+    _, b = gemm_exponent(tl.load(b_amax_ptr + group, mask=exists, other=0.0))
+    return a * b
+
+
+@triton.jit
+def _grouped_mm_kernel(
+    a_ptr,
+    b_ptr,
+    y_ptr,
+    a_amax_ptr,
+    b_amax_ptr,
+    offs_ptr,
+    rows,
+    columns,
+    inner,
+    num_groups,
+    stride_a,
+    stride_b,
+    stride_expert,
+    TRANSPOSED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    column_tiles = tl.cdiv(columns, BN)
+    tile = tl.program_id(0) // column_tiles
+    starts, ends = group_bounds(offs_ptr, num_groups, rows, GROUPS)
+    sizes, tile_ends = padded(ends - starts, BM)
+    group = tl.sum((tile_ends <= tile * BM).to(tl.int32), axis=0)
+    first = tile * BM - pick(tile_ends - sizes, group, GROUPS) + pick(starts, group, GROUPS)
+    end = pick(ends, group, GROUPS)
+    if first >= end:
+        return
+    exists = group < num_groups
+    m = first + tl.arange(0, BM)
+    n = (tl.program_id(0) % column_tiles) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    # What rows and columns beyond the end give is not stored: they are clamped where that is
+    # cheaper than a mask. (Along the dim that lies together it would hide that it does.)
+    a_rows = tl.minimum(m, rows - 1).to(tl.int64) * stride_a
+    a_pointers = a_ptr + a_rows[:, None] + k[None, :]
+    b_base = b_ptr + tl.where(exists, group, 0).to(tl.int64) * stride_expert
+    if TRANSPOSED:
+        b_rows = tl.minimum(n, columns - 1).to(tl.int64) * stride_b
+        b_pointers = b_base + k[:, None] + b_rows[None, :]
+        b_step = BK
+    else:
+        b_pointers = b_base + k.to(tl.int64)[:, None] * stride_b + n[None, :]
+        b_step = BK * stride_b
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, tl.where(exists, inner, 0), BK):
+        left = inner - start
+        a = operand(a_pointers, k[None, :] < left, PTX)
+        b_mask = k[:, None] < left
+        if not TRANSPOSED:
+            b_mask = b_mask & (n[None, :] < columns)
+        b = operand(b_pointers, b_mask, PTX)
+        # (BM, BK) @ (BK, BN) -> (BM, BN)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+        a_pointers += BK
+        b_pointers += b_step
+    acc = acc * group_alpha(a_amax_ptr, b_amax_ptr, group, exists)
+    y_pointers = y_ptr + m.to(tl.int64)[:, None] * columns + n[None, :]
+    inside = (m[:, None] < end) & (n[None, :] < columns)
+    tl.store(y_pointers, cast(acc, y_ptr.dtype.element_ty, PTX), mask=inside)
+
+
+@triton.jit
+def _grouped_wgrad_kernel(
+    dy_ptr,
+    x_ptr,
+    dw_ptr,
+    dy_amax_ptr,
+    x_amax_ptr,
+    offs_ptr,
+    N,
+    K,
+    num_groups,
+    GROUPS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    row_tiles, column_tiles = tl.cdiv(N, BM), tl.cdiv(K, BN)
+    group = tl.program_id(0) // (row_tiles * column_tiles)
+    tile = tl.program_id(0) % (row_tiles * column_tiles)
+    starts, ends = group_bounds(offs_ptr, num_groups, 0, GROUPS)
+    sizes, slot_ends = padded(ends - starts, 16)
+    end = pick(slot_ends, group, GROUPS)
+    first = end - pick(sizes, group, GROUPS)
+    m = (tile // column_tiles) * BM + tl.arange(0, BM)
+    n = (tile % column_tiles) * BN + tl.arange(0, BN)
+    slots = first + tl.arange(0, BK)
+    dy_pointers = dy_ptr + slots.to(tl.int64)[:, None] * N + m[None, :]
+    x_pointers = x_ptr + slots.to(tl.int64)[:, None] * K + n[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(first, end, BK):
+        # Both masked: a NaN of the next group must not meet a zero.
+        mine = (start + tl.arange(0, BK) < end)[:, None]
+        dy = operand(dy_pointers, mine & (m[None, :] < N), PTX)
+        x = operand(x_pointers, mine & (n[None, :] < K), PTX)
+        # (BM, BK) @ (BK, BN) -> (BM, BN)
+        acc = tl.dot(tl.trans(dy), x, acc, input_precision="ieee")
+        dy_pointers += BK * N
+        x_pointers += BK * K
+    acc = acc * group_alpha(dy_amax_ptr, x_amax_ptr, group, True)
+    rows = group.to(tl.int64) * N + m
+    inside = (m[:, None] < N) & (n[None, :] < K)
+    dw_pointers = dw_ptr + rows[:, None] * K + n[None, :]
+    tl.store(dw_pointers, cast(acc, dw_ptr.dtype.element_ty, PTX), mask=inside)
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """Tile of a grouped GEMM and how it is run."""
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+
+INTERPRETED = GemmTile(32, 32, 32, 1, 1)
+AMPERE = GemmTile(128, 128, 32, 8, 4)
+HOPPER = GemmTile(128, 256, 64, 8, 3)
+
+
+def gemm_tile(device: torch.device) -> GemmTile:
+    """The tile for a device."""
+    if ptx_level(device) == 0:
+        return INTERPRETED
+    # By shared memory: 228 KiB on sm_90 and sm_100, less on others.
+    return HOPPER if torch.cuda.get_device_capability(device)[0] in (9, 10) else AMPERE
+
+
+def _dot_input(values: torch.Tensor) -> torch.Tensor:
+    """Operand as the kernels take it: the interpreter multiplies no bf16."""
+    return values.view(torch.int16) if ptx_level(values.device) == 0 else values
+
+
+def grouped_mm_triton(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_amax: torch.Tensor,
+    b_amax: torch.Tensor,
+    offs: torch.Tensor,
+    b_transposed: bool,
+    columns: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Multiply each group's rows by its expert.
+
+    Args:
+        a: (M, >= inner) bf16 values, contiguous.
+        b: (E, inner, >= columns) bf16 values, contiguous; (E, columns, inner) with b_transposed.
+        a_amax: (E,) fp32.
+        b_amax: (E,) fp32.
+        offs: (E,) int32 group ends.
+        b_transposed: See b.
+        columns: Columns of the result.
+        out_dtype: Result's dtype.
+
+    Returns:
+        (M, columns).
+    """
+    rows, groups = a.shape[0], offs.shape[0]
+    y = torch.empty((rows, columns), dtype=out_dtype, device=a.device)
+    if not y.numel():
+        return y
+    tile = gemm_tile(a.device)
+    # Every group, and the rows of none, may end in an incomplete tile.
+    tiles = triton.cdiv(rows, tile.BM) + groups
+    _grouped_mm_kernel[(tiles * triton.cdiv(columns, tile.BN),)](
+        _dot_input(a),
+        _dot_input(b),
+        y,
+        a_amax,
+        b_amax,
+        offs,
+        rows,
+        columns,
+        b.shape[2 if b_transposed else 1],
+        groups,
+        a.shape[1],
+        b.shape[2],
+        b.shape[1] * b.shape[2],
+        TRANSPOSED=b_transposed,
+        GROUPS=triton.next_power_of_2(groups + 1),
+        BM=tile.BM,
+        BN=tile.BN,
+        BK=tile.BK,
+        PTX=ptx_level(a.device),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **EXACT,
+    )
+    return y
+
+
+def grouped_wgrad_triton(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    dy_amax: torch.Tensor,
+    x_amax: torch.Tensor,
+    offs: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Weight gradient of each expert.
+
+    Args:
+        dy: (P, N) bf16 values by slots (numerics/grouped.py), contiguous.
+        x: (P, K) bf16 values, likewise.
+        dy_amax: (E,) fp32.
+        x_amax: (E,) fp32.
+        offs: (E,) int32 group ends.
+        out_dtype: Result's dtype.
+
+    Returns:
+        (E, N, K), zeros for empty groups.
+    """
+    groups, n, k = offs.shape[0], dy.shape[1], x.shape[1]
+    dw = torch.empty((groups, n, k), dtype=out_dtype, device=dy.device)
+    tile = gemm_tile(dy.device)
+    _grouped_wgrad_kernel[(groups * triton.cdiv(n, tile.BM) * triton.cdiv(k, tile.BN),)](
+        _dot_input(dy),
+        _dot_input(x),
+        dw,
+        dy_amax,
+        x_amax,
+        offs,
+        n,
+        k,
+        groups,
+        GROUPS=triton.next_power_of_2(groups),
+        BM=tile.BM,
+        BN=tile.BN,
+        BK=tile.BK,
+        PTX=ptx_level(dy.device),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **EXACT,
+    )
+    return dw

@@ -1,0 +1,266 @@
+"""Launching the Triton kernels: which groups, tiles and instructions a tensor gets.
+
+Nothing here reads a device tensor, and nothing depends on values.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+
+from ..errors import UnsupportedError
+from ..formats import BLOCK
+from ..numerics.grouped import padded_rows
+from .triton_amax import _amax_kernel
+from .triton_quantize import _quantize_kernel
+from .triton_unpack import _alpha_kernel, _scale_kernel, _unpack_kernel
+
+# 16 rows by 4 columns a thread: fewer columns load too little at a time, more spill registers.
+MAX_COLUMNS = 512
+COLUMNS_PER_WARP = 128
+# A fused multiply-add would round where the oracle does not.
+EXACT = {"enable_fp_fusion": False}
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How a tensor's rows are cut into groups and blocks of 16 (triton_layout.py).
+
+    Attributes:
+        offs: Group ends on the device, for tokens, else None.
+        rows: Rows of each group (of all, for tokens).
+        columns: Columns.
+        groups: E.
+        groups_bound: E rounded up to a power of two for tokens, else 0.
+        blocks: Blocks of 16 slots.
+    """
+
+    offs: torch.Tensor | None
+    rows: int
+    columns: int
+    groups: int
+    groups_bound: int
+    blocks: int
+
+    @staticmethod
+    def of(shape: torch.Size, offs: torch.Tensor | None) -> "Slots":
+        """Of (M, K), of (M, K) tokens with offs, or of (E, N, K) experts."""
+        *experts, rows, columns = shape
+        if offs is not None:
+            groups = offs.shape[0]
+            blocks = padded_rows(rows, groups) // BLOCK
+            return Slots(offs, rows, columns, groups, triton.next_power_of_2(groups), blocks)
+        groups = experts[0] if experts else 1
+        return Slots(None, rows, columns, groups, 0, groups * triton.cdiv(rows, BLOCK))
+
+    def tile_columns(self, most: int) -> int:
+        """Columns of a tile, a power of two from 16. Results do not depend on it."""
+        return max(BLOCK, min(most, triton.next_power_of_2(self.columns)))
+
+
+@dataclass(frozen=True)
+class Use:
+    """How one use of a tensor is quantized and what is written of it."""
+
+    square: bool
+    sr: bool
+    rht: bool
+    packed: bool
+    values: bool
+
+
+@cache
+def ptx_level(device: torch.device) -> int:
+    """What `PTX` may be on a device: 0 in the interpreter.
+
+    Raises:
+        UnsupportedError: kernels cannot run there.
+    """
+    if triton.knobs.runtime.interpret:
+        return 0
+    if device.type != "cuda":
+        raise UnsupportedError(
+            f"backend 'triton' got a tensor on '{device.type}': move it to a GPU, or use "
+            "backend = 'reference'"
+        )
+    return 89 if torch.cuda.get_device_capability(device) >= (8, 9) else 80
+
+
+def _flat(t: torch.Tensor) -> torch.Tensor:
+    """(M, K) with columns next to each other."""
+    if t.dim() == 3:
+        return t.reshape(-1, t.shape[2]).contiguous()
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _grid(slots: Slots, columns: int, width: int) -> tuple[int]:
+    return (slots.blocks * triton.cdiv(width, columns),)
+
+
+def _warps(columns: int) -> int:
+    return max(1, columns // COLUMNS_PER_WARP)
+
+
+def amax_triton(
+    t: torch.Tensor,
+    slots: Slots,
+    rows: Use | None,
+    cols: Use | None,
+) -> torch.Tensor:
+    """Amaxes of a tensor's two uses.
+
+    Args:
+        t: (M, K) or (E, N, K), fp32, bf16 or fp16.
+        slots: Its groups.
+        rows: Its use along the last dim, or None.
+        cols: Its use along the dim before, or None.
+
+    Returns:
+        (2, E) fp32, 0 where a use is None.
+    """
+    amax = torch.zeros((2, slots.groups), dtype=torch.int32, device=t.device)
+    ptx_level(t.device)  # refuses what no kernel runs on
+    t = _flat(t)
+    if t.numel():
+        columns = slots.tile_columns(MAX_COLUMNS)
+        _amax_kernel[_grid(slots, columns, slots.columns)](
+            t,
+            t.stride(0),
+            slots.offs,
+            amax,
+            slots.rows,
+            slots.columns,
+            slots.groups,
+            GROUPS=slots.groups_bound,
+            ROW=rows is not None,
+            ROW_RHT=rows is not None and rows.rht,
+            COL=cols is not None,
+            COL_RHT=cols is not None and cols.rht,
+            ROUND=t.dtype != torch.bfloat16,
+            C=columns,
+            num_warps=_warps(columns),
+            **EXACT,
+        )
+    return amax.view(torch.float32)
+
+
+def quantize_triton(
+    t: torch.Tensor,
+    slots: Slots,
+    rows: Use | None,
+    cols: Use | None,
+    amax: torch.Tensor,
+    outputs: list[torch.Tensor],
+    streams: list[int],
+    key: int,
+    offset: tuple[int, int],
+) -> None:
+    """Quantize a tensor for its uses.
+
+    Args:
+        t: (M, K) or (E, N, K), fp32, bf16 or fp16.
+        slots: Its groups.
+        rows: Its use along the last dim, or None.
+        cols: Its use along the dim before, or None.
+        amax: (2, E) fp32.
+        outputs: Codes (uint8), scales (float8_e4m3fn), values (bf16) of the row operand, then of
+            the column operand, in the layout of triton_quantize.py; any tensor where unused.
+        streams: SR streams of the two uses.
+        key: SR key.
+        offset: Global (row, column) of t's first element.
+    """
+    t = _flat(t)
+    if not t.numel():
+        return
+    columns = slots.tile_columns(MAX_COLUMNS)
+    flags = {}
+    for name, use in (("ROW", rows), ("COL", cols)):
+        flags[name] = use is not None
+        use = use or Use(False, False, False, False, False)
+        for field in ("square", "sr", "rht", "packed", "values"):
+            flags[f"{name}_{field.upper()}"] = getattr(use, field)
+    integer = (torch.uint8, torch.uint8, torch.int16)
+    pointers = [t.view(dtype) for t, dtype in zip(outputs, integer * 2, strict=True)]
+    # A short last dim: padding is written, so the tile must reach it.
+    width = triton.cdiv(slots.columns, BLOCK) * BLOCK
+    _quantize_kernel[_grid(slots, columns, width)](
+        t,
+        t.stride(0),
+        slots.offs,
+        amax,
+        *pointers,
+        slots.rows,
+        slots.columns,
+        slots.groups,
+        *offset,
+        *streams,
+        *_words(key),
+        GROUPS=slots.groups_bound,
+        **flags,
+        ROUND=t.dtype != torch.bfloat16,
+        C=columns,
+        PTX=ptx_level(t.device),
+        num_warps=_warps(columns),
+        **EXACT,
+    )
+
+
+def _words(key: int) -> tuple[int, int]:
+    """Low and high half of a 64-bit key as signed 32-bit integers."""
+    return tuple(((word + 2**31) & 0xFFFFFFFF) - 2**31 for word in (key, key >> 32))
+
+
+def unpack_triton(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    amax: torch.Tensor,
+    values: torch.Tensor,
+    slots: Slots,
+    along_rows: bool,
+) -> None:
+    """Unpack an operand to bf16 values.
+
+    Args:
+        codes: uint8, in the layout of triton_quantize.py.
+        scale: float8_e4m3fn.
+        amax: (E,) fp32.
+        values: bf16, written.
+        slots: Groups of the values: (R, Kp) of a row operand, (P, K) of a column operand.
+        along_rows: Whether it is a column operand, whose blocks run along rows.
+    """
+    if not values.numel():
+        return
+    columns = slots.tile_columns(2 * MAX_COLUMNS)
+    _unpack_kernel[_grid(slots, columns, slots.columns)](
+        codes,
+        scale.view(torch.uint8),
+        amax,
+        slots.offs,
+        values.view(torch.int16),
+        slots.rows,
+        slots.columns,
+        slots.groups,
+        GROUPS=slots.groups_bound,
+        COLUMNS=along_rows,
+        C=columns,
+        num_warps=max(1, _warps(columns) // 2),
+        **EXACT,
+    )
+
+
+def alpha_triton(a_amax: torch.Tensor, b_amax: torch.Tensor) -> torch.Tensor:
+    """(2,) fp32: alpha of a GEMM whose operands have these amaxes (scalars), and 0."""
+    alpha = torch.empty(2, dtype=torch.float32, device=a_amax.device)
+    _alpha_kernel[(1,)](a_amax, b_amax, alpha, num_warps=1, **EXACT)
+    return alpha
+
+
+def scale_triton(acc: torch.Tensor, alpha: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """Products of acc (fp32, contiguous) with alpha[0], rounded once to out_dtype."""
+    out = torch.empty_like(acc, dtype=out_dtype)
+    if acc.numel():
+        _scale_kernel[(triton.cdiv(acc.numel(), 1024),)](
+            acc, alpha, out, acc.numel(), C=1024, PTX=ptx_level(acc.device), **EXACT
+        )
+    return out

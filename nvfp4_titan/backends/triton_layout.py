@@ -1,0 +1,118 @@
+"""Where the Triton kernels' tiles lie, and how they are loaded.
+
+A tile is 16 rows of C columns, held as a tuple of 16 tensors of C elements: what runs along rows
+(the RHT, amax, packing and random bytes of an operand that contracts over tokens) is then
+elementwise, without a shuffle or a transpose, and such an operand is written as it lies, tokens
+first, which cuBLAS takes.
+
+One numbering serves all inputs. Rows are cut into groups: one for a plain tensor, E of equal size
+for experts (E, N, K) seen as (E * N, K), E that end at `offs` for tokens. Each group is padded to
+blocks of 16 rows (numerics/grouped.py); a program works on one block, a *slot block*, so no block
+crosses a group. Column operands are laid out by slots, row operands by rows.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_rounding import bits, number, round_bits
+
+
+@triton.jit
+def group_bounds(offs_ptr, num_groups, tail, GROUPS: tl.constexpr):
+    """Starts and ends of the groups of tokens, (GROUPS,) int32 each.
+
+    Args:
+        offs_ptr: Group ends.
+        num_groups: Number of groups; from here on, groups are empty but for the first, the tail.
+        tail: End of the tail; offs[-1] or less for none.
+        GROUPS: Power of two, at least num_groups (with a tail, more).
+    """
+    index = tl.arange(0, GROUPS)
+    last = tl.load(offs_ptr + num_groups - 1)
+    tail = tl.maximum(last, tail)
+    ends = tl.load(offs_ptr + index, mask=index < num_groups, other=0)
+    starts = tl.load(offs_ptr + index - 1, mask=(index > 0) & (index <= num_groups), other=0)
+    return (
+        tl.where(index <= num_groups, starts, tail),
+        tl.where(index < num_groups, ends, tail),
+    )
+
+
+@triton.jit
+def pick(values, index, GROUPS: tl.constexpr):
+    """values[index] of (GROUPS,) int32, 0 beyond."""
+    return tl.sum(tl.where(tl.arange(0, GROUPS) == index, values, 0), axis=0)
+
+
+@triton.jit
+def padded(sizes, BLOCK: tl.constexpr):
+    """Sizes rounded up to blocks, and where blocks of each group end."""
+    rounded = (sizes + (BLOCK - 1)) // BLOCK * BLOCK
+    return rounded, tl.cumsum(rounded, axis=0)
+
+
+@triton.jit
+def locate(slot_block, offs_ptr, rows, num_groups, GROUPS: tl.constexpr):
+    """What a slot block holds: group, block in the group, first row of the group, its end.
+
+    Args:
+        slot_block: int32 scalar.
+        offs_ptr: Group ends, with GROUPS > 0.
+        rows: Rows of each group, with GROUPS == 0.
+        num_groups: Number of groups.
+        GROUPS: num_groups rounded up to a power of two, for tokens; 0 for equal groups.
+
+    Returns:
+        Four int32 scalars; the group is num_groups or more for slots that nothing needs.
+    """
+    if GROUPS == 0:
+        per_group = (rows + 15) // 16
+        group = slot_block // per_group
+        return group, slot_block - group * per_group, group * rows, (group + 1) * rows
+    else:
+        starts, ends = group_bounds(offs_ptr, num_groups, 0, GROUPS)
+        sizes, slot_ends = padded(ends - starts, 16)
+        slot = slot_block * 16
+        group = tl.sum((slot_ends <= slot).to(tl.int32), axis=0)
+        block = (slot - pick(slot_ends - sizes, group, GROUPS)) // 16
+        return group, block, pick(starts, group, GROUPS), pick(ends, group, GROUPS)
+
+
+@triton.jit
+def below(index, limit, exists):
+    """Mask of (n,) indices below a limit, empty unless the scalar `exists`."""
+    # Not `(index < limit) & exists`: the interpreter has no boolean scalar beside a tensor.
+    return index < tl.where(exists, limit, 0)
+
+
+@triton.jit
+def load_tile(x_ptr, stride, first_row, end, columns, K):
+    """A tile as 16 fp32 tensors; zeros outside.
+
+    Args:
+        x_ptr: fp32, bf16 or fp16.
+        stride: Elements from a row to the next.
+        first_row: Row of the tile's first.
+        end: End of the group's rows.
+        columns: (C,) int32.
+        K: Number of columns.
+    """
+    tile = ()
+    for i in tl.static_range(16):
+        row = first_row + i
+        pointers = x_ptr + row.to(tl.int64) * stride + columns
+        x = tl.load(pointers, mask=below(columns, K, row < end), other=0.0)
+        tile = tile + (x.to(tl.float32),)
+    return tile
+
+
+@triton.jit
+def as_bf16(tile, ROUND: tl.constexpr):
+    """A tile rounded to bf16, as the RHT takes it; ROUND is false where it already is."""
+    if ROUND:
+        rounded = ()
+        for i in tl.static_range(16):
+            rounded = rounded + (number(round_bits(bits(tile[i]))),)
+        return rounded
+    else:
+        return tile

@@ -1,0 +1,129 @@
+"""Bandwidth of the quantize and amax kernels, as a share of a copy's in the same run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..backends import triton_launch as launch
+from ..formats import BLOCK
+from .peers import RECIPE, compiled_quantize, modelopt_fake_quant
+from .rows import BenchRow, ratios
+from .timing import measure
+
+M = 8192
+COLUMNS = (4096, 14336)
+EXPERTS = 16
+USES = {
+    "x": (
+        launch.Use(square=False, sr=False, rht=False, packed=False, values=True),
+        launch.Use(square=False, sr=False, rht=True, packed=True, values=False),
+    ),
+    "dy": (
+        launch.Use(square=False, sr=True, rht=False, packed=False, values=True),
+        launch.Use(square=False, sr=True, rht=True, packed=False, values=True),
+    ),
+    "w": (launch.Use(square=True, sr=False, rht=False, packed=True, values=True), None),
+}
+"""What the recipe writes of each tensor (training/functions.py)."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel to measure: what to call and the bytes that it must move."""
+
+    run: Callable[[], object]
+    bytes: int
+
+
+def written(use: launch.Use | None, elements: int) -> int:
+    """Bytes that a use of so many elements writes."""
+    if use is None:
+        return 0
+    packed = elements // 2 + elements // BLOCK
+    return packed * use.packed + 2 * elements * use.values
+
+
+def quantize_kernels(t: torch.Tensor, offs: torch.Tensor | None) -> dict[str, Kernel]:
+    """The amax, quantize and unpack kernels on t (M, K) bf16, by name."""
+    slots = launch.Slots.of(t.shape, offs)
+    rows, elements = 16 * slots.blocks, t.numel()
+    new = torch.empty
+    outputs = [
+        new(s, dtype=d, device=t.device)
+        for r in (t.shape[0], rows)
+        for s, d in (
+            ((r * t.shape[1] // 2,), torch.uint8),
+            ((r * t.shape[1] // BLOCK,), torch.float8_e4m3fn),
+            ((r * t.shape[1],), torch.bfloat16),
+        )
+    ]
+    kernels = {}
+    for name, uses in USES.items():
+        if offs is not None and name == "w":
+            continue
+        amax = launch.amax_triton(t, slots, *uses)
+
+        def quantize(uses=uses, amax=amax):
+            launch.quantize_triton(t, slots, *uses, amax, outputs, [0, 1], 12345678901234, (0, 0))
+
+        moved = 2 * elements + sum(written(use, elements) for use in uses)
+        kernels[f"triton quantize {name}"] = Kernel(quantize, moved)
+        if name != "dy":
+            run = lambda uses=uses: launch.amax_triton(t, slots, *uses)  # noqa: E731
+            kernels[f"triton amax {name}"] = Kernel(run, 2 * elements)
+    for name, (codes, scale, values), along_rows in (
+        ("w", outputs[:3], False),
+        ("x", outputs[3:], True),
+    ):
+        if offs is not None and not along_rows:
+            continue
+
+        def unpack(operand=(codes, scale), values=values, along_rows=along_rows, amax=amax):
+            launch.unpack_triton(*operand, amax[0], values, slots, along_rows)
+
+        kernels[f"triton unpack {name}"] = Kernel(unpack, written(USES["w"][0], elements))
+    return kernels
+
+
+def bench_quantize(modelopt: bool) -> list[BenchRow]:
+    """Measure everything; rows with ms, GB/s and ratio_to_copy.
+
+    Args:
+        modelopt: Whether to compare with ModelOpt's kernel.
+
+    Raises:
+        UnsupportedError: ModelOpt is asked for and cannot run.
+    """
+    fake_quant = modelopt_fake_quant() if modelopt else None
+    rows = []
+    for k in COLUMNS:
+        t = torch.randn(M, k, device="cuda", dtype=torch.bfloat16)
+        target, amax = torch.empty_like(t), t.abs().amax().float()
+        plain = compiled_quantize(RECIPE.fprop.left)
+        copied = 4 * t.numel()
+        variants = {
+            "copy": Kernel(lambda target=target, t=t: target.copy_(t), copied),
+            **quantize_kernels(t, None),
+            # Two reads, one of them for the amax.
+            "peer torch.compile quantize x": Kernel(
+                lambda plain=plain, t=t: plain(t), 6 * t.numel()
+            ),
+        }
+        if fake_quant is not None:
+            run = lambda t=t, amax=amax: fake_quant(t, amax)  # noqa: E731
+            variants["peer modelopt fake quant"] = Kernel(run, copied)
+        rows += _rows("plain", variants, {"M": M, "K": k})
+        offs = torch.arange(1, EXPERTS + 1, device="cuda", dtype=torch.int32) * (M // EXPERTS)
+        grouped = {"copy": variants["copy"], **quantize_kernels(t, offs)}
+        rows += _rows(f"{EXPERTS} groups", grouped, {"M": M, "K": k})
+    return ratios(rows, "copy", "ratio_to_copy", lambda row: row.values["gb_per_s"])
+
+
+def _rows(kind: str, variants: dict[str, Kernel], sizes: dict[str, int]) -> list[BenchRow]:
+    times = measure({name: kernel.run for name, kernel in variants.items()})
+    case = f"{kind} {'x'.join(map(str, sizes.values()))}"
+    return [
+        BenchRow(name, case, sizes, {"ms": ms, "gb_per_s": variants[name].bytes / ms / 1e6})
+        for name, ms in times.items()
+    ]

@@ -1,0 +1,110 @@
+"""Training end to end under torchtitan: tokens per second and peak memory against bf16.
+
+Each run is a process of its own (`python -m nvfp4_titan.train`), in random order; a figure is the
+median over the logged steps after the warm-up.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ..errors import ConfigError
+from .rows import BenchRow, ratios
+from .timing import schedule
+
+THROUGHPUT, MEMORY = "throughput(tps)", "memory/max_reserved(GiB)"
+VARIANTS = {
+    "bf16": ["--model.converters", ""],
+    "triton": ["--model.converters", "nvfp4", "--nvfp4.backend", "triton"],
+}
+WARMUP_STEPS = 10
+
+
+def options(config: Path, folder: Path, steps: int, variant: str) -> list[str]:
+    """Torchtitan's command line of one run.
+
+    Args:
+        config: TOML of the job.
+        folder: Dump folder, new.
+        steps: Training steps.
+        variant: Key of VARIANTS.
+    """
+    return [
+        *("--job.config_file", str(config), "--job.dump_folder", str(folder)),
+        *("--training.steps", str(steps), "--metrics.log_freq", "1"),
+        *("--validation.no-enable", "--checkpoint.no-enable"),
+        *VARIANTS[variant],
+    ]
+
+
+def read_scalars(folder: Path, name: str) -> list[float]:
+    """Values of a scalar by step, from the one TensorBoard file of a run.
+
+    Raises:
+        ConfigError: there is not exactly one file, or it lacks the scalar.
+    """
+    events = sorted(folder.glob("tb/*/events.out.tfevents.*"))
+    if len(events) != 1:
+        raise ConfigError(f"{folder} holds {len(events)} TensorBoard files, not one")
+    accumulator = EventAccumulator(str(events[0]))
+    accumulator.Reload()
+    if name not in accumulator.Tags()["scalars"]:
+        raise ConfigError(f"{folder} has no scalar {name!r}")
+    return [event.value for event in accumulator.Scalars(name)]
+
+
+def run(config: Path, folder: Path, steps: int, variant: str) -> dict[str, float]:
+    """Train once; tokens per second of a GPU and its peak memory.
+
+    Raises:
+        ConfigError: the run failed.
+    """
+    command = [sys.executable, "-m", "nvfp4_titan.train", *options(config, folder, steps, variant)]
+    folder.mkdir(parents=True)
+    log = folder / "log.txt"
+    with log.open("w") as stream:
+        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ)
+    if done.returncode != 0:
+        raise ConfigError(f"{' '.join(command)} failed, see {log}")
+    return {
+        "tokens_per_s": median(read_scalars(folder, THROUGHPUT)[WARMUP_STEPS:]),
+        "peak_gib": max(read_scalars(folder, MEMORY)),
+    }
+
+
+def bench_train(
+    configs: list[Path],
+    folder: Path,
+    steps: int,
+    repeats: int,
+    train: Callable[[Path, Path, int, str], dict[str, float]] = run,
+) -> list[BenchRow]:
+    """Train each config with and without NVFP4; rows with tokens_per_s, peak_gib, ratio_to_bf16.
+
+    Args:
+        configs: TOMLs.
+        folder: For the runs' dump folders.
+        steps: Training steps of a run, more than WARMUP_STEPS.
+        repeats: Runs of each variant; the row has the median.
+        train: Trains once.
+
+    Raises:
+        ConfigError: too few steps, or a run failed.
+    """
+    if steps <= WARMUP_STEPS:
+        raise ConfigError(f"steps={steps} must be more than {WARMUP_STEPS}, which are left out")
+    rows = []
+    for config in configs:
+        results: dict[str, list[dict]] = {name: [] for name in VARIANTS}
+        for i, name in enumerate(schedule(list(VARIANTS), repeats, seed=0)):
+            dump = folder / f"{config.stem}_{i}_{name}"
+            results[name].append(train(config, dump, steps, name))
+        for name, runs in results.items():
+            values = {key: median(run[key] for run in runs) for key in runs[0]}
+            rows.append(BenchRow(name, config.stem, {"steps": steps, "repeats": repeats}, values))
+    return ratios(rows, "bf16", "ratio_to_bf16", lambda row: row.values["tokens_per_s"])

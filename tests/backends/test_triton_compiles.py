@@ -1,0 +1,139 @@
+"""Every kernel compiles ahead of time for Ampere, Hopper and Blackwell, without a GPU.
+
+No division may be approximate (div.full flips midpoints), and the kernels that training runs must
+not spill, nor use more registers than leave room for what hides their loads.
+"""
+
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("Triton is for Linux", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nvfp4_titan.backends import triton_grouped_gemm, triton_unpack
+from nvfp4_titan.backends.triton_amax import _amax_kernel
+from nvfp4_titan.backends.triton_quantize import _quantize_kernel
+from nvfp4_titan.backends.triton_unpack import _unpack_kernel
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+LEVELS = {80: 80, 90: 89, 100: 89}
+WARPS = {"alpha": 1}  # 4 for others
+
+
+def quantize(rows="", cols="", groups=0, dtype="bf16"):
+    """Constants of the quantize kernel for uses such as "sr rht values"."""
+    constants = {"GROUPS": groups, "ROUND": dtype != "bf16", "C": 512}
+    for name, use in (("ROW", rows), ("COL", cols)):
+        constants[name] = bool(use)
+        for field in ("square", "sr", "rht", "packed", "values"):
+            constants[f"{name}_{field.upper()}"] = field in use
+    return constants
+
+
+# Kernel, dtype of its input, constants, most registers on sm_90 (spills are never allowed).
+AMAX = {"GROUPS": 0, "ROW": True, "ROW_RHT": False, "COL": True, "COL_RHT": True, "ROUND": False}
+CASES = {
+    "amax": (_amax_kernel, "bf16", {**AMAX, "C": 512}, 96),
+    "amax of groups": (_amax_kernel, "bf16", {**AMAX, "GROUPS": 16, "C": 512}, 96),
+    "x": (_quantize_kernel, "bf16", quantize("values", "rht packed"), 128),
+    "dy": (_quantize_kernel, "bf16", quantize("sr values", "sr rht values"), 168),
+    "w": (_quantize_kernel, "bf16", quantize("square values packed"), 168),
+    "groups of x": (_quantize_kernel, "bf16", quantize("values", "rht packed", 16), 128),
+    "fp32 x": (_quantize_kernel, "fp32", quantize("values", "rht packed"), 168),
+    "unpack rows": (_unpack_kernel, "u8", {"GROUPS": 0, "COLUMNS": False, "C": 1024}, 96),
+    "unpack columns": (_unpack_kernel, "u8", {"GROUPS": 16, "COLUMNS": True, "C": 1024}, 96),
+    "alpha": (triton_unpack._alpha_kernel, "fp32", {}, 32),
+    "scale": (triton_unpack._scale_kernel, "fp32", {"C": 1024}, 64),
+    "grouped fprop": (triton_grouped_gemm._grouped_mm_kernel, "bf16", {"TRANSPOSED": True}, 224),
+    "grouped dgrad": (triton_grouped_gemm._grouped_mm_kernel, "bf16", {"TRANSPOSED": False}, 224),
+    "grouped wgrad": (triton_grouped_gemm._grouped_wgrad_kernel, "bf16", {}, 224),
+}
+# Variants of a kernel that says enough on one architecture.
+HOPPER_ONLY = ("amax of groups", "x", "groups of x", "fp32 x")
+
+
+DIVISIBLE = (
+    "stride",
+    "stride_a",
+    "stride_b",
+    "stride_expert",
+    "rows",
+    "columns",
+    "inner",
+    "N",
+    "K",
+)
+"""Integers that are multiples of 16 in training."""
+
+
+def pointer_type(name: str, dtype: str) -> str:
+    """Type of a pointer argument; dtype is that of the kernel's input."""
+    if name in ("x_ptr", "a_ptr", "b_ptr", "dy_ptr"):
+        return f"*{dtype}"
+    if "amax" in name or "alpha" in name or name == "acc_ptr":
+        return "*fp32"
+    if name == "offs_ptr":
+        return "*i32"
+    if "values" in name:
+        return "*i16"
+    return "*u8" if "codes" in name or "scale" in name else "*bf16"
+
+
+def compiled(case, arch):
+    """A kernel compiled as it is launched."""
+    kernel, dtype, constants, _ = CASES[case]
+    options = {"enable_fp_fusion": False, "num_warps": WARPS.get(case, 4)}
+    if case.startswith("grouped"):
+        tile = asdict(triton_grouped_gemm.HOPPER if arch >= 90 else triton_grouped_gemm.AMPERE)
+        constants = {**constants, **tile, "GROUPS": 16}
+        options |= {name: tile[name] for name in ("num_warps", "num_stages")}
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+    if "PTX" in kernel.arg_names:
+        constants["PTX"] = LEVELS[arch]
+    if constants.get("GROUPS") == 0:
+        constants["offs_ptr"] = None
+    unused = [n for n in ("row", "col") if constants.get(n.upper()) is False]
+    constants |= {f"{n}_{part}_ptr": None for n in unused for part in ("codes", "scale", "values")}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = pointer_type(name, dtype) if name.endswith("_ptr") else "i32"
+        if name.endswith("_ptr") or name in DIVISIBLE:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    indices = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, indices, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(cubin: bytes, path: Path) -> dict[str, int]:
+    """Registers and bytes of stack (spills) of a kernel."""
+    path.write_bytes(cubin)
+    command = [CUOBJDUMP, "--dump-resource-usage", path]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+@pytest.mark.parametrize(
+    ("case", "arch"),
+    [(case, arch) for case in CASES for arch in LEVELS if arch == 90 or case not in HOPPER_ONLY],
+)
+def test_compiles(case, arch, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    result = compiled(case, arch)
+    assert "div.full" not in result.asm["ptx"] and "div.approx" not in result.asm["ptx"]
+    used = resources(result.asm["cubin"], tmp_path / "kernel.cubin")
+    print(case, arch, used)
+    assert used["STACK"] == 0 and used["LOCAL"] == 0, used
+    if arch == 90:
+        assert used["REG"] <= CASES[case][3], used

@@ -1,0 +1,86 @@
+"""The kernels' PTX forms equal their portable forms on a GPU, over every number that decides."""
+
+import sys
+
+import pytest
+import torch
+
+if sys.platform != "linux":
+    pytest.skip("Triton is for Linux", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from nvfp4_titan.backends import triton_launch
+from nvfp4_titan.backends import triton_rounding as kernels
+
+pytestmark = pytest.mark.gpu
+
+SIZE = 1024
+
+
+@triton.jit
+def _kernel(
+    x_ptr, random_ptr, forms_ptr, count, WHAT: tl.constexpr, PTX: tl.constexpr, SIZE: tl.constexpr
+):
+    index = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    x = tl.load(x_ptr + index)
+    for form in tl.static_range(2):
+        if WHAT == "bf16":
+            result = kernels.bits(kernels.round_bf16(x, PTX * form))
+        elif WHAT == "e4m3":
+            result = kernels.e4m3_rtne(x, PTX * form)
+        elif WHAT == "reciprocal":
+            result = kernels.bits(kernels.reciprocal(x, 1.0, PTX * form))
+        else:
+            result = kernels.e2m1_sr(x, tl.load(random_ptr + index) << 14, PTX * form)
+        tl.store(forms_ptr + form * count + index, result)
+
+
+def differing(what: str, x: torch.Tensor) -> int:
+    """Numbers whose PTX and portable results differ; x: fp32, a multiple of SIZE."""
+    random = torch.randint(0, 256, x.shape, dtype=torch.int32, device="cuda")
+    forms = torch.empty((2, x.numel()), dtype=torch.int32, device="cuda")
+    level = triton_launch.ptx_level(x.device)
+    _kernel[(x.numel() // SIZE,)](
+        x, random, forms, x.numel(), what, level, SIZE, **triton_launch.EXACT
+    )
+    return int((forms[0] != forms[1]).sum())
+
+
+def numbers(first: int, last: int) -> torch.Tensor:
+    """All fp32 numbers between two bit patterns, padded to a multiple of SIZE with the last."""
+    bits = torch.arange(first, last, dtype=torch.int64, device="cuda").to(torch.int32)
+    return torch.cat((bits, bits[-1:].expand(-bits.numel() % SIZE))).view(torch.float32)
+
+
+def bits(x: float) -> int:
+    return int(torch.tensor(x).view(torch.int32))
+
+
+def test_reciprocal_of_every_mantissa():
+    for exponent in (-20, -1, 0, 9):
+        assert (
+            differing("reciprocal", numbers(bits(2.0**exponent), bits(2.0 ** (exponent + 1)))) == 0
+        )
+
+
+def test_e4m3_of_every_number():
+    # From below half the smallest subnormal to above what saturates.
+    for exponent in range(-12, 10):
+        assert differing("e4m3", numbers(bits(2.0**exponent), bits(2.0 ** (exponent + 1)))) == 0
+    special = torch.tensor([0.0, float("nan"), float("inf"), 1e-45, 3e38], device="cuda")
+    assert differing("e4m3", special.repeat(SIZE)) == 0
+
+
+def test_stochastic_rounding_of_every_number():
+    assert differing("sr", torch.zeros(SIZE, device="cuda")) == 0
+    for exponent in (*range(-16, 2), -126, -140):
+        assert differing("sr", numbers(bits(2.0**exponent), bits(2.0 ** (exponent + 1)))) == 0
+    assert differing("sr", numbers(bits(4.0), bits(6.0) + 1)) == 0
+
+
+def test_bf16_of_many_numbers():
+    x = torch.randint(-(2**31), 2**31, (1 << 26,), device="cuda", dtype=torch.int64)
+    x = x.to(torch.int32).view(torch.float32)
+    assert differing("bf16", torch.where(x.isnan(), 1.0, x)) == 0

@@ -1,0 +1,134 @@
+"""Benchmarks without a GPU: orders, ratios, rows, figures, refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvfp4_titan.bench import BenchRow, Environment, ratios, training, write
+from nvfp4_titan.bench.peers import PlainRecipe, plain_values
+from nvfp4_titan.bench.timing import schedule
+from nvfp4_titan.errors import ConfigError
+from nvfp4_titan.numerics import dequantize, quantize
+from nvfp4_titan.recipe import RECIPES
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+HERE = Environment("GPU", "2.11", "3.6", "3.12", "abc", "bench")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+
+
+def rows():
+    sizes = {"M": 4, "K": 5}
+    return [
+        BenchRow("bf16", "a", sizes, {"ms": 2.0}),
+        BenchRow("triton", "a", sizes, {"ms": 2.5}),
+        BenchRow("bf16", "b", sizes, {"ms": 1.0}),
+        BenchRow("peer x", "b", sizes, {"ms": 4.0}),
+    ]
+
+
+def speed(row):
+    return 1 / row.values["ms"]
+
+
+def test_ratios_compare_with_the_control_of_the_same_case():
+    compared = ratios(rows(), "bf16", "ratio_to_bf16", speed)
+    assert [row.values["ratio_to_bf16"] for row in compared] == [1, 0.8, 1, 0.25]
+    with pytest.raises(ValueError, match=r"cases \['b'\] have no row"):
+        ratios(rows()[:2] + rows()[3:], "bf16", "r", speed)
+    with pytest.raises(ValueError, match="several rows"):
+        ratios(rows()[:1] * 2, "bf16", "r", speed)
+
+
+def test_every_round_measures_every_variant_in_an_order_of_its_own():
+    names = list("abcd")
+    order = schedule(names, 50, seed=0)
+    rounds = [order[i : i + 4] for i in range(0, 200, 4)]
+    assert all(sorted(r) == names for r in rounds) and len({tuple(r) for r in rounds}) > 10
+    assert order == schedule(names, 50, seed=0) != schedule(names, 50, seed=1)
+
+
+def test_results_are_written_as_flat_rows_and_a_figure(tmp_path):
+    compared = ratios(rows(), "bf16", "ratio_to_bf16", speed)
+    write(compared, tmp_path / "new" / "bench", "ratio_to_bf16", "Title", HERE)
+    written = json.loads((tmp_path / "new" / "bench.json").read_text())
+    assert written[1] == {
+        "name": "triton", "case": "a", "M": 4, "K": 5, "ms": 2.5, "ratio_to_bf16": 0.8,
+        "device": "GPU", "torch": "2.11", "triton": "3.6", "python": "3.12", "commit": "abc",
+        "command": "bench",
+    }  # fmt: skip
+    assert (tmp_path / "new" / "bench.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_cases():
+    from nvfp4_titan.bench import kernels, linears
+
+    sizes = linears.skewed(16384, 16)
+    assert sum(sizes) == 16384 and min(sizes) >= 0 and max(sizes) > 4 * 1024
+    assert kernels.written(kernels.USES["x"][0], 1600) == 3200
+    assert kernels.written(kernels.USES["x"][1], 1600) == 900
+    assert kernels.written(None, 1600) == 0
+
+
+@no_gpu
+@pytest.mark.parametrize("name", ["quantize", "linear", "train"])
+def test_scripts_say_that_they_need_a_gpu(name):
+    command = [sys.executable, SCRIPTS / f"bench_{name}.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: benchmarks need a CUDA GPU")
+
+
+def test_the_plain_recipe_is_the_recipe(monkeypatch):
+    x = torch.randn(32, 48)
+    for fmt, transpose in (
+        (RECIPES["nvfp4"].fprop.left, False),
+        (RECIPES["nvfp4"].fprop.right, False),
+        (RECIPES["nvfp4"].wgrad.right, True),
+    ):
+        values, scale = plain_values(x, fmt, transpose)
+        operand = quantize(x.T if transpose else x, block=fmt.block, rht=fmt.rht)
+        assert torch.equal(values.float() * scale, dequantize(operand))
+    # The CPU has no GEMM of bf16 with fp32 output.
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: mm(a.float(), b.float()))
+    x.requires_grad_()
+    w = torch.randn(64, 48, requires_grad=True)
+    y = PlainRecipe.apply(x, w)
+    y.sum().backward()
+    assert (y - x @ w.T).norm() < 0.2 * y.norm()
+    assert x.grad.shape == x.shape and w.grad.shape == w.shape
+
+
+def test_training_runs_are_compared(tmp_path):
+    calls = []
+
+    def train(config, folder, steps, variant):
+        calls.append((config.stem, variant, folder))
+        return {"tokens_per_s": 100.0 if variant == "bf16" else 86.0, "peak_gib": 10.0}
+
+    configs = [Path("a.toml"), Path("b.toml")]
+    compared = training.bench_train(configs, tmp_path, 20, 3, train)
+    assert len(calls) == 12 and len({folder for *_, folder in calls}) == 12
+    assert [row.values["ratio_to_bf16"] for row in compared] == [1, 0.86] * 2
+    with pytest.raises(ConfigError, match="must be more than 10"):
+        training.bench_train(configs, tmp_path, 10, 1, train)
+
+
+def test_a_failing_run_names_its_log(tmp_path):
+    with pytest.raises(ConfigError, match=r"failed, see .*log\.txt"):
+        training.run(tmp_path / "missing.toml", tmp_path / "run", 1, "bf16")
+
+
+def test_scalars_of_a_run(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path / "tb" / "x") as writer:
+        for step, value in enumerate((1.0, 2.0)):
+            writer.add_scalar(training.THROUGHPUT, value, step)
+    assert training.read_scalars(tmp_path, training.THROUGHPUT) == [1, 2]
+    with pytest.raises(ConfigError, match="no scalar"):
+        training.read_scalars(tmp_path, training.MEMORY)
