@@ -103,3 +103,30 @@ def recording(fault: str | None = None) -> tuple[Backend, list[tuple]]:
         return operands
 
     return replace(reference, quantize=quantize), made
+
+
+SMALL_RUN = (
+    "--metrics.log_freq=1",
+    "--metrics.enable_tensorboard",
+    "--training.mixed_precision_param=float32",
+    "--training.local_batch_size=2",
+    "--training.seq_len=64",
+    "--debug.seed=0",
+    "--optimizer.implementation=foreach",
+    "--activation_checkpoint.mode=none",
+)
+"""torchtitan's options of a run that takes seconds and logs every step."""
+
+
+def logged_losses(dump_folder: Path) -> dict[int, float]:
+    """Loss by step of every start of a run; steps that ran twice must agree."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    name, found = "loss_metrics/global_avg_loss", {}
+    for path in sorted((dump_folder / "tb").glob("*")):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        if name in events.Tags()["scalars"]:  # not where it was killed in its first step
+            for event in events.Scalars(name):
+                assert found.setdefault(event.step, event.value) == event.value
+    return found

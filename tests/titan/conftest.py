@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from support import SMALL_RUN, logged_losses
 
 from nvfp4_titan.titan import cpu_runtime
 
@@ -28,28 +29,10 @@ def single_rank(monkeypatch, tmp_path):
 @pytest.fixture
 def train(single_rank):
     """A function that trains in this process and returns the logged losses by step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     from nvfp4_titan.titan.trainer import run
 
     def start(*argv: str, folder: str = "out") -> dict[int, float]:
-        run(
-            [
-                *argv,
-                f"--job.dump_folder={single_rank / folder}",
-                "--metrics.log_freq=1",
-                "--metrics.enable_tensorboard",
-                "--training.mixed_precision_param=float32",
-                "--training.local_batch_size=2",
-                "--training.seq_len=64",
-                "--debug.seed=0",
-                "--optimizer.implementation=foreach",
-                "--activation_checkpoint.mode=none",
-            ]
-        )
-        events = EventAccumulator(str(next((single_rank / folder / "tb").glob("*"))))
-        events.Reload()
-        name = "loss_metrics/global_avg_loss"
-        return {event.step: event.value for event in events.Scalars(name)}
+        run([*SMALL_RUN, *argv, f"--job.dump_folder={single_rank / folder}"])
+        return logged_losses(single_rank / folder)
 
     return start

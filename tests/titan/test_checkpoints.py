@@ -1,10 +1,14 @@
 """Checkpoints: exact resume, half-written ones, other formats, shardings and recipes."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import SMALL_RUN, logged_losses
 
 from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.titan.checkpoints import newest_whole_step
@@ -70,6 +74,33 @@ def test_hugging_face_export_and_import(train, single_rank):
     # The weights of step 4 on the text of step 1.
     first = train(*ARGV, NVFP4, "--training.steps=1", "--checkpoint.no-enable", folder="new")
     assert imported[1] < first[1]
+
+
+@pytest.mark.slow
+def test_another_sharding_continues(train, single_rank):
+    """One process, then two tensor parallel ranks, then one again."""
+    argv = (*ARGV, NVFP4, "--training.steps=6", "--lr_scheduler.total_steps=6")
+    whole = train(*argv, folder="whole")
+    only_first(single_rank / "whole", single_rank / "sharded")
+    sharded = single_rank / "sharded"
+    options = [
+        *SMALL_RUN, *argv, "--training.steps=4", "--parallelism.tensor_parallel_degree=2",
+        f"--job.dump_folder={sharded}",
+    ]  # fmt: skip
+    variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {k: v for k, v in os.environ.items() if k not in variables}
+    subprocess.run(
+        [sys.executable, "-m", "nvfp4_titan.train", *options],
+        env=environment | {"NGPU": "2"},
+        check=True,
+        capture_output=True,
+    )
+    middle = logged_losses(sharded)
+    assert middle[3] == pytest.approx(whole[3], rel=1e-5)
+    shutil.rmtree(sharded / "tb")
+    end = train(*argv, folder="sharded")
+    assert list(end) == [5, 6]
+    assert end[5] == pytest.approx(whole[5], rel=1e-3)
 
 
 def truncate(folder):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from support import logged_losses
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = (
@@ -29,19 +29,6 @@ def environment(**extra):
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     paths = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
     return inherited | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | extra
-
-
-def losses(folder):
-    """Loss by step of every start of a job; steps that ran twice must agree."""
-    found = {}
-    for path in sorted((folder / "tb").glob("*")):
-        events = EventAccumulator(str(path))
-        events.Reload()
-        if "loss_metrics/global_avg_loss" not in events.Tags()["scalars"]:
-            continue  # killed before its first step ended
-        for event in events.Scalars("loss_metrics/global_avg_loss"):
-            assert found.setdefault(event.step, event.value) == event.value
-    return found
 
 
 @pytest.mark.slow
@@ -65,9 +52,9 @@ def test_a_killed_job_resumes_bit_for_bit(tmp_path):
     log = restarted.stdout + restarted.stderr
     loaded = re.findall(r"Loading the checkpoint from \S+/step-(\d+)", log)
     assert set(loaded) == {"4", "6"}  # what starts three and four found; two found nothing
-    whole = losses(tmp_path / "whole")
+    whole = logged_losses(tmp_path / "whole")
     assert list(whole) == list(range(1, 9))
-    assert losses(tmp_path / "killed") == whole
+    assert logged_losses(tmp_path / "killed") == whole
 
 
 @pytest.mark.slow
@@ -105,7 +92,7 @@ def test_two_nodes(tmp_path):
     logs = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(log[-3000:] for log in logs)
     assert any("Applied FSDP" in log for log in logs)
-    assert list(losses(tmp_path)) == [1, 2]
+    assert list(logged_losses(tmp_path)) == [1, 2]
 
 
 def test_multinode_says_what_is_missing():
