@@ -24,3 +24,10 @@ def pytest_runtest_setup(item):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_mode_is_left_behind():
+    yield
+    # Later tests would run under it.
+    assert torch._C._len_torch_dispatch_stack() == 0
