@@ -14,7 +14,7 @@ crosses a group. Column operands are laid out by slots, row operands by rows.
 import triton
 import triton.language as tl
 
-from .triton_rounding import bits, number, round_bits
+from .triton_rounding import bits, number, round_bits, to_fp32
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def load_tile(x_ptr, stride, first_row, end, columns, K):
         row = first_row + i
         pointers = x_ptr + row.to(tl.int64) * stride + columns
         x = tl.load(pointers, mask=below(columns, K, row < end), other=0.0)
-        tile = tile + (x.to(tl.float32),)
+        tile = tile + (to_fp32(x),)
     return tile
 
 

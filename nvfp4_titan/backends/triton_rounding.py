@@ -52,6 +52,14 @@ def number(b):
 
 
 @triton.jit
+def to_fp32(x):
+    """A loaded number as fp32, exactly: the interpreter misreads subnormal bf16."""
+    if x.dtype == tl.bfloat16:
+        return number(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def round_bits(b):
     """Bits of fp32 numbers rounded to bf16 (nearest, ties to even); NaN stays NaN.
 

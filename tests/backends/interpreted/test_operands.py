@@ -64,6 +64,7 @@ def test_subnormal_tensors():
     for exponent in (-44, -38):
         x = (draw((16, 20), torch.float64) * 10.0**exponent).float()
         check_quantize(x, SR, X, "cpu")
+        check_quantize(x.bfloat16(), SR, X_COLS, "cpu")
 
 
 def test_results_do_not_depend_on_the_tile(monkeypatch):
