@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from types import MappingProxyType
 
 from .errors import ConfigError
@@ -148,7 +148,7 @@ class Recipe:
         """Whether any GEMM is quantized."""
         return bool(self.gemms)
 
-    @cached_property
+    @property
     def formats(self) -> frozenset[str]:
         """Names of the element formats that the recipe uses."""
         return frozenset(fmt.format.name for gemm in self.gemms for fmt in (gemm.left, gemm.right))

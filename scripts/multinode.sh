@@ -11,6 +11,8 @@
 set -euo pipefail
 : "${NNODES:?set NNODES, the number of nodes}" "${HEAD:?set HEAD=host:port, the same on all nodes}"
 . "$(dirname "$(readlink -f "$0")")/env.sh"
+# Restarted workers must not meet in the store that holds the addresses of the dead.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun \
   --nnodes="$NNODES" --nproc-per-node="${NGPU:-8}" --max-restarts="${MAX_RESTARTS:-0}" \
   --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${RUN_ID:-nvfp4_titan}" \

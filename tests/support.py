@@ -73,7 +73,7 @@ def saved_tensors(y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return node.saved_tensors
 
 
-KINDS = {0: "x", 5: "x", 1: "w", 3: "w", 2: "dy", 4: "dy"}  # by SR stream
+KINDS = {0: "x", 5: "x", 1: "w", 3: "w", 6: "w", 2: "dy", 4: "dy"}  # by SR stream
 
 
 def recording(fault: str | None = None) -> tuple[Backend, list[tuple]]:

@@ -14,7 +14,7 @@ What is read of FSDP2 beyond its documented extension: FSDPParam's `sharded_para
 `fsdp_placement`, `_orig_size` and `_init_extensions` (torch 2.11 to 2.13).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -130,6 +130,23 @@ def rounded_amax(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return amax.to(dtype).to(torch.float32)
 
 
+class Known:
+    """When amaxes are known: an event of the stream that takes them; nothing on a CPU."""
+
+    def __init__(self):
+        self._event = None
+
+    def record(self) -> None:
+        """The current stream takes the amaxes up to here."""
+        self._event = self._event or torch.cuda.Event()
+        self._event.record()
+
+    def wait(self) -> None:
+        """Let the current stream wait for them."""
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+
+
 @dataclass(frozen=True)
 class WeightGather:
     """What a shard is quantized with.
@@ -139,12 +156,14 @@ class WeightGather:
         name: The weight's name among them.
         recipe: The weight's Recipe.
         backend: Its Backend.
+        known: When the amaxes are.
     """
 
     amaxes: dict[str, torch.Tensor]
     name: str
     recipe: Recipe
     backend: Backend
+    known: Known
 
     @property
     def format(self) -> OperandFormat:
@@ -181,10 +200,11 @@ class QuantizingShard(torch.Tensor):
         """Codes and scales of this rank's shard, as bytes, and what rebuilds the whole."""
         shard = self.as_subclass(torch.Tensor).to(mp_policy.param_dtype or self.dtype)
         gather, experts = self.gather, shard.dim() == 3
+        gather.known.wait()
         if experts and gather.format.format.tensor_scale:
             first = mesh.get_local_rank() * shard.shape[0]
             mine = gather.amaxes[gather.name][first : first + shard.shape[0]]
-            gather = WeightGather({gather.name: mine}, gather.name, gather.recipe, gather.backend)
+            gather = replace(gather, amaxes={gather.name: mine})
         operand = gather.quantize(shard)
         scale = operand.block_scale[..., :: gather.format.block[0], :].contiguous()
         return (operand.codes, scale.view(torch.uint8)), None
@@ -210,6 +230,9 @@ def obstacle(weight: ShardedWeight, recipe: Recipe) -> str | None:
         return f"recipe {recipe.name!r} does not read one 2D-quantized weight in fprop and dgrad"
     if weight.fsdp.fsdp_placement.dim != 0:
         return "FSDP shards experts along their own rows"
+    attached = isinstance(weight.local, QuantizingShard)
+    if hasattr(weight.fsdp, "_unsharded_param") and not attached:
+        return "FSDP gathered it before the model's first forward"
     rows = 1 if weight.experts else recipe.fprop.right.block[0]
     size = weight.fsdp._orig_size[0]
     if size % (rows * weight.fsdp_ranks):
@@ -219,7 +242,11 @@ def obstacle(weight: ShardedWeight, recipe: Recipe) -> str | None:
 
 
 def attach(
-    weight: ShardedWeight, amaxes: dict[str, torch.Tensor], recipe: Recipe, backend: Backend
+    weight: ShardedWeight,
+    amaxes: dict[str, torch.Tensor],
+    recipe: Recipe,
+    backend: Backend,
+    known: Known,
 ) -> None:
     """Have FSDP gather a weight quantized from now on; nothing if it does already.
 
@@ -228,10 +255,11 @@ def attach(
         amaxes: The module's amaxes by weight name, kept up to date in place.
         recipe: Its Recipe.
         backend: Its Backend.
+        known: When the amaxes are.
     """
     local = weight.local
     if isinstance(local, QuantizingShard):
         return
     local.__class__ = QuantizingShard
-    local.gather = WeightGather(amaxes, weight.name, recipe, backend)
+    local.gather = WeightGather(amaxes, weight.name, recipe, backend, known)
     weight.fsdp._init_extensions()

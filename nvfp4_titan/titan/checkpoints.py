@@ -14,6 +14,7 @@ from torch import distributed
 from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.tools.logging import logger
 
+_MODEL_ONLY = "it holds the model alone, nothing to resume from"
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -24,15 +25,18 @@ def fault(folder: Path) -> str | None:
         folder: A step's folder, of DCP or safetensors files.
     """
     if (folder / "model.safetensors.index.json").is_file():
-        return None
+        return _MODEL_ONLY
     if not (folder / ".metadata").is_file():
         return "its save was cut off (there is no .metadata)"
     try:
-        stored = FileSystemReader(folder).read_metadata().storage_data.values()
+        metadata = FileSystemReader(folder).read_metadata()
     except (EOFError, pickle.UnpicklingError, AttributeError) as error:
         return f"its .metadata cannot be read ({error})"
+    # A seed checkpoint, step 0, is a model to start from.
+    if folder.name != "step-0" and "train_state.step" not in metadata.state_dict_metadata:
+        return _MODEL_ONLY
     ends = {}
-    for part in stored:
+    for part in metadata.storage_data.values():
         ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
     for name, end in ends.items():
         file = folder / name

@@ -11,7 +11,7 @@ from ..backends import resolve
 from ..errors import ConfigError, UnsupportedError
 from ..formats import BLOCK
 from ..recipe import Change, Selection, get_recipe, parse_rules, parse_schedule
-from ..training import NVFP4Linear, Report, convert, invalidate_weights, track_weights
+from ..training import NVFP4Linear, Report, convert, refresh_weights, track_weights
 from ..training.experts import WrappingExperts
 from ..training.report import EXPERTS
 from . import activation_checkpoint, record
@@ -58,9 +58,9 @@ class NVFP4Converter(ModelConverter):
             record.write_conversion(self.job_config, self.report)
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """The weights changed: the next forward takes their amaxes again."""
+        """The weights changed: take their amaxes again."""
         for part in model if isinstance(model, list) else [model]:
-            invalidate_weights(part)
+            refresh_weights(part)
 
 
 def _frees_weights(job_config: JobConfig, parallel_dims: ParallelDims) -> bool:

@@ -10,7 +10,6 @@ import os
 import socket
 import sys
 
-from torch.distributed import PrefixStore
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -45,27 +44,7 @@ def train(argv: list[str]) -> None:
     from .trainer import run  # imports torchtitan, which must see the CPU runtime
 
     cpu_runtime.patch_moe()
-    _separate_restarts()
     run(argv)
-
-
-def _separate_restarts() -> None:
-    """Let workers that torchrun restarted meet under new keys of its store.
-
-    torch 2.13 hands every start of the workers the same store without a prefix: those of a second
-    start find the addresses of the dead and wait for them.
-    """
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restart == "0":
-        return
-    # torch.distributed.rendezvous is a function there, too.
-    rendezvous = sys.modules["torch.distributed.rendezvous"]
-    create = rendezvous._create_c10d_store
-
-    def create_prefixed(*args, **kwargs):
-        return PrefixStore(f"restart-{restart}", create(*args, **kwargs))
-
-    rendezvous._create_c10d_store = create_prefixed
 
 
 def _start_job(argv: list[str]) -> int:
@@ -115,6 +94,8 @@ def _spawn(workers: int, argv: list[str]) -> int:
         "--role=rank",
         "--tee=3",
     ]
+    # Restarted workers must not meet in the store that holds the addresses of the dead.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         torchrun.main([*options, "-m", "nvfp4_titan.train", *argv])
     except ChildFailedError as failure:

@@ -62,16 +62,16 @@ class NVFP4Trainer(Trainer):
             raise ConfigError(
                 f"a checkpoint cannot be read ({_first_line(error)}): check that "
                 "checkpoint.initial_load_path or checkpoint.load_step names a whole one of this "
-                "model, or delete the newest step's folder in "
-                f"{folder} to resume from the one before"
+                f"model (those of this run are in {folder})"
             ) from error
         if distributed.get_rank() == 0:
             record.write_tokens_per_expert(self.job_config, self.model_parts)
 
     def forward_backward_step(self, **kwargs) -> torch.Tensor:
-        """As torchtitan's; keeps the loss for `train_step`."""
-        self.last_loss = super().forward_backward_step(**kwargs)
-        return self.last_loss
+        """As torchtitan's; keeps the sum of the losses for `train_step`."""
+        loss = super().forward_backward_step(**kwargs)
+        self.step_loss = self.step_loss + loss.detach().sum()
+        return loss
 
     def train_step(self, data_iterator) -> None:
         """As torchtitan's, in the formats of this step; stops before a NaN is saved.
@@ -81,13 +81,14 @@ class NVFP4Trainer(Trainer):
         """
         for change in self.formats.before_step(self.step):
             logger.info(f"From step {change.first_step} on: {change.gemm} as in {change.recipe}")
+        self.step_loss = 0.0
         super().train_step(data_iterator)
         checkpoint = self.job_config.checkpoint
         saves = checkpoint.enable and self.step % checkpoint.interval == 0
         last = self.step == self.job_config.training.steps
         # Reading the loss waits for the device: only where torchtitan waits anyway.
         if (saves or last or self.metrics_processor.should_log(self.step)) and not bool(
-            torch.isfinite(self.last_loss).all()
+            torch.isfinite(self.step_loss)
         ):
             raise DivergedError(
                 f"the loss is not finite at step {self.step}: lower optimizer.lr or raise "

@@ -4,7 +4,7 @@ from .convert import convert
 from .grouped import grouped_mm
 from .linear import NVFP4Linear, key_tensor, linear
 from .report import Entry, Report
-from .weights import invalidate_weights, track_weights
+from .weights import invalidate_weights, refresh_weights, track_weights
 
 __all__ = [
     "Entry",
@@ -15,5 +15,6 @@ __all__ = [
     "invalidate_weights",
     "key_tensor",
     "linear",
+    "refresh_weights",
     "track_weights",
 ]

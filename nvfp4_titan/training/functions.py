@@ -22,6 +22,8 @@ is saved, whose storage FSDP frees in between, and quantized a second time. A we
 gathers in codes (`GatheredWeight`) is its own operand.
 """
 
+from dataclasses import replace
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -38,6 +40,9 @@ from ..errors import UnsupportedError
 from ..numerics import QuantizedOperand, dequantize
 from ..numerics.grouped import dequantize_tokens
 from ..recipe import Recipe
+
+AGAIN = 6
+"""SR stream, of no effect, of a weight that backward quantizes again."""
 
 Kept = QuantizedOperand | torch.Tensor | None
 
@@ -216,6 +221,9 @@ def _kept_weight(ctx, tensors: list[torch.Tensor | None], key: torch.Tensor | No
         w, amax, _ = tensors
         name = "fprop" if of_fprop else "dgrad"
         again = use(recipe, name, "right", kept=recipe.dequantized, now=True)
+        if again.format.rounding == "rtne":
+            # Another call than the forward's: a compiler would merge equal ones and keep the codes.
+            again = replace(again, stream=AGAIN)
         uses = (again, None) if of_fprop else (None, again)
         place = ctx.shards and (ctx.shards.mesh, ctx.shards.w)
         rows, cols = _quantize_weight(ctx.backend, w.to(x_dtype), uses, key, place, amax)

@@ -1,13 +1,14 @@
 """What is known of a model's weights between optimizer steps: amaxes, and how FSDP gathers them.
 
-`track_weights` hooks the model's forward. The first forward after an optimizer step takes the
+`track_weights` hooks the model's forward. Its first forward, then each optimizer step, takes the
 amaxes of all converted weights in one sweep (`distributed.weights`); the microbatches that follow,
 validation included, find them. With `fp4_all_gather` FSDP gathers weights in codes
 (`distributed.fp4_gather`).
 
-Every rank must find amaxes stale at the same forward, so staleness is told, not found out:
-by `invalidate_weights` (after an optimizer step, or after writing weights by hand) and by
-`load_state_dict`.
+Every rank must find amaxes stale at the same point, so staleness is told, not found out: by
+`refresh_weights` (after an optimizer step), by `invalidate_weights` (after writing weights by hand)
+and by the model's `load_state_dict`. After a step they are taken at once and not at the next
+forward: pipeline schedules of several stages gather weights before that.
 """
 
 import logging
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from ..distributed import ShardedWeight, fsdp_records, weight_amaxes
-from ..distributed.fp4_gather import attach, obstacle
+from ..distributed.fp4_gather import Known, attach, obstacle
 from .experts import WrappingExperts
 from .linear import NVFP4Linear
 
@@ -34,13 +35,14 @@ class _State:
     fresh: bool = False
     weights: list[ShardedWeight] = field(default_factory=list)
     reported: bool = False
+    known: Known = field(default_factory=Known)
 
 
 def track_weights(model: nn.Module, *, fp4_all_gather: bool = False) -> None:
     """Take the amaxes of a converted model's weights once per optimizer step.
 
     Call on the model whose forward is called, before or after sharding; copies (pipeline stages)
-    track their own. Call `invalidate_weights` after every optimizer step.
+    track their own. Call `refresh_weights` after every optimizer step.
 
     Args:
         model: From `convert`.
@@ -56,6 +58,17 @@ def invalidate_weights(model: nn.Module) -> None:
     getattr(model, _STATE).fresh = False
 
 
+def refresh_weights(model: nn.Module) -> None:
+    """Take the amaxes of a tracked model again, now that its weights changed; on all ranks alike.
+
+    Before the first forward, where the shards are not yet known, it is left to that forward.
+    """
+    state = getattr(model, _STATE)
+    state.fresh = False
+    if state.weights:
+        _refresh(state)
+
+
 def _after_load(model: nn.Module, incompatible_keys) -> None:
     invalidate_weights(model)
 
@@ -65,11 +78,18 @@ def _before_forward(model: nn.Module, args) -> None:
     if state.fresh:
         return
     state.weights = state.weights or _converted_weights(model)
-    with torch.no_grad():
+    _refresh(state)
+
+
+def _refresh(state: _State) -> None:
+    with torch.inference_mode(False), torch.no_grad():
         for weight, amax in zip(state.weights, weight_amaxes(state.weights), strict=True):
             known = weight.module.weight_amaxes
             # In place: compiled graphs and gathered weights hold the tensor.
             known[weight.name] = known[weight.name].copy_(amax) if weight.name in known else amax
+    if torch.cuda.is_available() and state.weights and state.weights[0].device.type == "cuda":
+        # FSDP quantizes shards on a stream of its own.
+        state.known.record()
     if state.fp4_all_gather:
         _gather_quantized(state)
     state.fresh = True
@@ -93,7 +113,7 @@ def _gather_quantized(state: _State) -> None:
         recipe, backend = weight.module.recipes()[weight.name]
         reason = obstacle(weight, recipe)
         if reason is None:
-            attach(weight, weight.module.weight_amaxes, recipe, backend)
+            attach(weight, weight.module.weight_amaxes, recipe, backend, state.known)
         else:
             fqn = weight.fsdp and weight.fsdp._param_fqn
             left[reason].append(fqn or weight.name)
@@ -101,6 +121,7 @@ def _gather_quantized(state: _State) -> None:
         return
     state.reported = True
     count = len(state.weights) - sum(map(len, left.values()))
-    _logger.info(f"FSDP gathers {count} of {len(state.weights)} converted weights in NVFP4")
+    log = _logger.info if count else _logger.warning
+    log(f"FSDP gathers {count} of {len(state.weights)} converted weights in NVFP4")
     for reason, names in left.items():
         _logger.info(f"{len(names)} stay in high precision, such as {names[0]}: {reason}")

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nvfp4_titan import convert
 from nvfp4_titan.distributed import fsdp_records
 from nvfp4_titan.distributed.fp4_gather import QuantizingShard
-from nvfp4_titan.training import NVFP4Linear, invalidate_weights, track_weights
+from nvfp4_titan.training import NVFP4Linear, refresh_weights, track_weights
 from nvfp4_titan.training.experts import WrappingExperts
 
 DIM, HIDDEN, EXPERTS, STEPS = 64, 96, 4, 3
@@ -113,7 +113,7 @@ def train(model, rank):
         optimizer.step()
         optimizer.zero_grad()
         if hasattr(model, "_nvfp4_weights"):
-            invalidate_weights(model)
+            refresh_weights(model)
     return seen
 
 

@@ -19,7 +19,7 @@ def test_compiled_losses_and_graphs(train):
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    compiled = train(*ARGV, "--compile.enable", folder="compiled")
+    compiled = train(*ARGV, "--compile.enable", "--compile.components=model", folder="compiled")
     assert all(abs(compiled[step] / loss - 1) < 1e-3 for step, loss in eager.items())
     assert not counters["graph_break"]
     # Five converted blocks share one graph; the bf16 block at the end is the one recompilation.

@@ -39,15 +39,23 @@ def test_a_killed_job_resumes_bit_for_bit(tmp_path):
     subprocess.run(command, env=environment(NGPU="2"), check=True, capture_output=True)
     restarted = subprocess.run(
         [
-            "torchrun", "--nproc-per-node=2", f"--max-restarts={len(KILLED_AT)}",
-            "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "nvfp4_titan.train",
-            *OPTIONS, f"--job.dump_folder={tmp_path}/killed",
+            str(ROOT / "scripts" / "multinode.sh"),
+            *OPTIONS,
+            f"--job.dump_folder={tmp_path}/killed",
             "--experimental.custom_import=fail_at",
         ],
-        env=environment(FAIL_AT=",".join(["signal", *map(str, KILLED_AT)])),
+        env=environment(
+            FAIL_AT=",".join(["signal", *map(str, KILLED_AT)]),
+            NNODES="1",
+            HEAD="localhost:0",
+            NGPU="2",
+            MAX_RESTARTS=str(len(KILLED_AT)),
+            NO_VENV="1",
+            LOG_RANK="0,1",
+        ),
         capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     assert restarted.returncode == 0, restarted.stderr[-4000:]
     log = restarted.stdout + restarted.stderr
     loaded = re.findall(r"Loading the checkpoint from \S+/step-(\d+)", log)

@@ -5,8 +5,10 @@ import io
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from support import TOLERANCES, relative_error, same_operand, saved_tensors
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -349,3 +351,40 @@ def test_alpha_outside_the_range_of_fp32(small, large):
     exact = acc.double() * (a / 2688).double() * (b / 2688).double()
     result = reference_ops.apply_alpha(acc.clone(), a, b)
     assert torch.allclose(result.double(), exact, rtol=1e-6) or result == exact.float()
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_mxfp8", "nvfp4_bf16"])
+def test_requantized_weights_are_not_kept_and_give_the_same_bits(recipe):
+    results = []
+    for requantize in (False, True):
+        torch.manual_seed(0)
+        x, w = torch.randn(32, 48, requires_grad=True), torch.randn(64, 48, requires_grad=True)
+        y = linear(x, w, recipe=recipe, backend="reference", requantize=requantize)
+        kept = saved_tensors(y)[5:]
+        assert (kept[0].data_ptr() == w.data_ptr()) == requantize
+        y.backward(torch.ones_like(y))
+        results.append((y, x.grad, w.grad))
+    assert all(map(torch.equal, *results))
+
+
+def test_a_compiler_does_not_keep_requantized_codes():
+    kept = {}
+
+    def boxed(graph, inputs):
+        return make_boxed_func(graph.forward)
+
+    def partition(graph, joint_inputs, **kwargs):
+        forward, backward = min_cut_rematerialization_partition(graph, joint_inputs, **kwargs)
+        outputs = next(n for n in forward.graph.nodes if n.op == "output").args[0]
+        kept[requantize] = [n.meta["val"].dtype for n in outputs if hasattr(n, "meta")]
+        return forward, backward
+
+    for requantize in (False, True):
+        torch._dynamo.reset()
+        module = NVFP4Linear(48, 64, backend="reference")
+        module.requantize = requantize
+        compiler = aot_autograd(fw_compiler=boxed, partition_fn=partition)
+        compiled = torch.compile(module, backend=compiler, fullgraph=True)
+        compiled(torch.randn(32, 48, requires_grad=True)).sum().backward()
+    assert kept[False].count(torch.uint8) == 2  # codes of x and of w
+    assert kept[True].count(torch.uint8) == 1
