@@ -146,7 +146,7 @@ class Recipe:
     @property
     def quantized(self) -> bool:
         """Whether any GEMM is quantized."""
-        return bool(self.gemms)
+        return len(self.gemms) > 0
 
     @property
     def formats(self) -> frozenset[str]:

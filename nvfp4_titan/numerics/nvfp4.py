@@ -165,7 +165,8 @@ def encode_blocks(
         (R, K / 2) uint8.
     """
     scaled = t.view(*block_encode.shape, BLOCK).to(torch.float32) * block_encode.unsqueeze(-1)
-    sign = torch.signbit(scaled).view(torch.uint8)
+    # Not a view: inductor in torch 2.11 cannot lower one of bool.
+    sign = torch.signbit(scaled).to(torch.uint8)
     magnitude = scaled.abs_().clamp_(max=NVFP4.element_max)
     if random_byte is None:
         code = e2m1_rtne(magnitude)
