@@ -1,6 +1,6 @@
 """What the autograd functions need to know of sharding: DTensors, amaxes, FSDP gathers."""
 
-from .fp4_gather import GatheredWeight, gathered_operand, rounded_amax
+from .fp4_gather import GatheredWeight, amax_of_uses, gathered_operand
 from .tensor_parallel import (
     GemmShards,
     LocalGemm,
@@ -17,11 +17,11 @@ __all__ = [
     "LocalGemm",
     "OperandShard",
     "ShardedWeight",
+    "amax_of_uses",
     "expert_shards",
     "fsdp_records",
     "gathered_operand",
     "localize",
     "reduced_amax",
-    "rounded_amax",
     "weight_amaxes",
 ]

@@ -14,7 +14,7 @@ What is read of FSDP2 beyond its documented extension: FSDPParam's `sharded_para
 `fsdp_placement`, `_orig_size` and `_init_extensions` (torch 2.11 to 2.13).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -130,6 +130,11 @@ def rounded_amax(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return amax.to(dtype).to(torch.float32)
 
 
+def amax_of_uses(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(2,) or (2, E), as a backend takes it: the amax of a weight's two uses in dtype."""
+    return rounded_amax(amax, dtype).expand(2, *amax.shape)
+
+
 class Known:
     """When amaxes are known: an event of the stream that takes them; nothing on a CPU."""
 
@@ -170,14 +175,10 @@ class WeightGather:
         """Format of the weight in fprop and dgrad."""
         return self.recipe.fprop.right
 
-    def quantize(self, shard: torch.Tensor) -> QuantizedOperand:
-        """Quantize a shard in compute dtype, (n, K) or (e, N, K)."""
-        use = OperandUse(self.format, stream("fprop", "right"))
-        both = None
-        if self.format.format.tensor_scale:
-            amax = rounded_amax(self.amaxes[self.name], shard.dtype)
-            both = torch.stack((amax, amax))
-        return self.backend.quantize(shard, use, None, amax=both)[0]
+    @property
+    def amax(self) -> torch.Tensor:
+        """fp32 () or (E,), of the whole weight."""
+        return self.amaxes[self.name]
 
 
 class QuantizingShard(torch.Tensor):
@@ -199,13 +200,15 @@ class QuantizingShard(torch.Tensor):
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """Codes and scales of this rank's shard, as bytes, and what rebuilds the whole."""
         shard = self.as_subclass(torch.Tensor).to(mp_policy.param_dtype or self.dtype)
-        gather, experts = self.gather, shard.dim() == 3
+        gather = self.gather
         gather.known.wait()
-        if experts and gather.format.format.tensor_scale:
+        amax = gather.amax
+        if amax.dim():  # of experts, which are split
             first = mesh.get_local_rank() * shard.shape[0]
-            mine = gather.amaxes[gather.name][first : first + shard.shape[0]]
-            gather = replace(gather, amaxes={gather.name: mine})
-        operand = gather.quantize(shard)
+            amax = amax[first : first + shard.shape[0]]
+        use = OperandUse(gather.format, stream("fprop", "right"))
+        amaxes = amax_of_uses(amax, shard.dtype)
+        operand, _ = gather.backend.quantize(shard, use, None, amax=amaxes)
         scale = operand.block_scale[..., :: gather.format.block[0], :].contiguous()
         return (operand.codes, scale.view(torch.uint8)), None
 
@@ -215,7 +218,7 @@ class QuantizingShard(torch.Tensor):
             return None
         codes, scale = outputs
         gather = self.gather
-        amax = gather.amaxes[gather.name] if gather.format.format.tensor_scale else None
+        amax = gather.amax if gather.format.format.tensor_scale else None
         shape = (*codes.shape[:-1], self.shape[-1])
         scale = scale.view(gather.format.format.scale_dtype)
         weight = GatheredWeight(codes, scale, amax, gather.format, shape, param_dtype)

@@ -49,14 +49,14 @@ class GemmShards:
     @staticmethod
     def colwise(mesh: DeviceMesh, features: int) -> "GemmShards":
         """W (N, K) sharded along N = `features`."""
-        n = first_index(features, mesh)
+        n = first_index(features, mesh.get_local_rank(), mesh.size())
         w, dy = OperandShard(True, (n, 0)), OperandShard(True, (0, n))
         return GemmShards(mesh, OperandShard(), w, dy)
 
     @staticmethod
     def rowwise(mesh: DeviceMesh, features: int) -> "GemmShards":
         """W (N, K) sharded along K = `features`."""
-        k = first_index(features, mesh)
+        k = first_index(features, mesh.get_local_rank(), mesh.size())
         x_and_w = OperandShard(True, (0, k))
         return GemmShards(mesh, x_and_w, x_and_w, OperandShard())
 
@@ -172,14 +172,16 @@ def expert_shards(w: DTensor) -> GemmShards | None:
     return make(mesh, w.shape[dim])
 
 
-def first_index(size: int, mesh: DeviceMesh) -> int:
-    """Global index where this rank's shard of a dim begins (torch.chunk's split)."""
+def first_index(size: int, rank: int, ranks: int) -> int:
+    """Global index where a rank's shard of a dim begins (torch.chunk's split)."""
     # Not DTensor's own helper: torch.compile cannot trace that one.
-    return min(size, mesh.get_local_rank() * -(-size // mesh.size()))
+    return min(size, rank * -(-size // ranks))
 
 
-def reduced_amax(amax: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """Maximum over the mesh's ranks of fp32 amaxes; a NaN on any rank stays."""
+def reduced_amax(
+    amax: torch.Tensor, ranks: DeviceMesh | torch.distributed.ProcessGroup
+) -> torch.Tensor:
+    """Maximum of fp32 amaxes over a mesh's or a group's ranks; a NaN on any rank stays."""
     # As integers: non-negative floats keep their order, and NaN is the largest.
-    reduced = collectives.all_reduce(amax.view(torch.int32), "max", mesh)
+    reduced = collectives.all_reduce(amax.view(torch.int32), "max", ranks)
     return collectives.wait_tensor(reduced).view(torch.float32)

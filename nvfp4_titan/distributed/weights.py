@@ -9,13 +9,15 @@ other experts. Replicas hold the same weights.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from .tensor_parallel import first_index, reduced_amax
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,14 @@ class ShardedWeight:
         """Ranks over which FSDP shards the weight."""
         return getattr(self.fsdp.mesh_info, "shard_mesh_size", 1) if self.fsdp else 1
 
-    def slots(self) -> tuple[int, int, int]:
-        """Number of amaxes of the whole, and the range of them that this rank has a part in."""
+    def slots(self) -> tuple[int, int]:
+        """Number of amaxes of the whole, and the first that this rank has a part in."""
         if not self.experts:
-            return 1, 0, 1
+            return 1, 0
         if self.fsdp_ranks == 1 or self.fsdp.fsdp_placement.dim != 0:
-            count = self.local.shape[0]
-            return count, 0, count
+            return self.local.shape[0], 0
         count = self.fsdp._orig_size[0]
-        first = min(count, self.fsdp.mesh_info.shard_mesh_rank * -(-count // self.fsdp_ranks))
-        return count, first, first + self.local.shape[0]
+        return count, first_index(count, self.fsdp.mesh_info.shard_mesh_rank, self.fsdp_ranks)
 
 
 def fsdp_records(model: nn.Module) -> dict[tuple[nn.Module, str], object]:
@@ -106,43 +106,37 @@ def weight_amaxes(weights: Sequence[ShardedWeight]) -> list[torch.Tensor]:
     Returns:
         For each weight fp32 () or (E,), NaN where it holds one.
     """
-    local = _local_amaxes(weights)
-    by_groups = defaultdict(list)
-    for i, weight in enumerate(weights):
-        by_groups[weight.groups()].append(i)
-    for groups, members in by_groups.items():
-        if not groups:
-            continue
-        # As integers: non-negative floats keep their order, and NaN is the largest.
-        joined = torch.cat([local[i] for i in members]).view(torch.int32)
-        for group in groups:
-            distributed.all_reduce(joined, distributed.ReduceOp.MAX, group)
-        sizes = [len(local[i]) for i in members]
-        for i, part in zip(members, joined.view(torch.float32).split(sizes), strict=True):
-            local[i] = part
+    parts, places, counts = [], [], []
+    for weight in weights:
+        count, first = weight.slots()
+        local = weight.local.as_subclass(torch.Tensor)
+        for slot, part in enumerate(local if weight.experts else [local], sum(counts) + first):
+            if part.numel():
+                parts.append(part)
+                places.append(slot)
+        counts.append(count)
+    # 0 for what this rank has no part of.
+    amaxes = torch.zeros(sum(counts), device=weights[0].device if weights else None)
+    if parts:
+        # The infinity norm is max |x|, of hundreds of tensors in a few kernels.
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(parts, float("inf"))])
+        amaxes[places] = norms.to(amaxes.device)
+    by_weight = amaxes.split(counts)
+    _reduce(weights, by_weight)
     return [
-        amax if weight.experts else amax[0] for weight, amax in zip(weights, local, strict=True)
+        amax if weight.experts else amax[0] for weight, amax in zip(weights, by_weight, strict=True)
     ]
 
 
-def _local_amaxes(weights: Iterable[ShardedWeight]) -> list[torch.Tensor]:
-    """Per weight its amaxes, 0 for what this rank has no part of."""
-    parts, places = [], []
-    for i, weight in enumerate(weights):
-        _, first, _ = weight.slots()
-        local = weight.local.as_subclass(torch.Tensor)
-        for slot, part in enumerate(local if weight.experts else [local], first):
-            if part.numel():
-                parts.append(part)
-                places.append((i, slot))
-    amaxes = [torch.zeros(w.slots()[0], device=w.device) for w in weights]
-    # The infinity norm is max |x|, of hundreds of tensors in a few kernels.
-    norms = torch._foreach_norm(parts, float("inf")) if parts else []
-    by_weight = defaultdict(list)
-    for (i, slot), norm in zip(places, norms, strict=True):
-        by_weight[i].append((slot, norm))
-    for i, found in by_weight.items():
-        first = found[0][0]
-        values = torch.stack([norm for _, norm in found]).to(amaxes[i])
-        amaxes[i][first : first + len(found)] = values
-    return amaxes
+def _reduce(weights: Sequence[ShardedWeight], amaxes: Sequence[torch.Tensor]) -> None:
+    """Reduce amaxes in place over the ranks that share each weight, one call per group."""
+    by_groups = defaultdict(list)
+    for weight, amax in zip(weights, amaxes, strict=True):
+        by_groups[weight.groups()].append(amax)
+    for groups, members in by_groups.items():
+        if not groups:
+            continue
+        joined = torch.cat(members)
+        for group in groups:
+            joined = reduced_amax(joined, group)
+        torch._foreach_copy_(members, joined.split([len(amax) for amax in members]))

@@ -32,9 +32,9 @@ from ..distributed import (
     GatheredWeight,
     GemmShards,
     OperandShard,
+    amax_of_uses,
     gathered_operand,
     reduced_amax,
-    rounded_amax,
 )
 from ..errors import UnsupportedError
 from ..numerics import QuantizedOperand, dequantize
@@ -252,8 +252,7 @@ def _quantize_weight(
     # The RHT changes the amax.
     if amax is None or any(use and use.format.rht for use in uses):
         return _quantize(backend, w, *uses, key, None, place)
-    amax = rounded_amax(amax, w.dtype)
-    return _quantize(backend, w, *uses, key, None, place, torch.stack((amax, amax)))
+    return _quantize(backend, w, *uses, key, None, place, amax_of_uses(amax, w.dtype))
 
 
 def _high_precision_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None) -> torch.Tensor:
