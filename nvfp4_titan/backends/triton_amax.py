@@ -35,7 +35,7 @@ def _amax_kernel(
     offs_ptr,
     amax_ptr,
     rows,
-    K,
+    columns_in_all,
     num_groups,
     GROUPS: tl.constexpr,
     ROW: tl.constexpr,
@@ -45,12 +45,16 @@ def _amax_kernel(
     ROUND: tl.constexpr,
     C: tl.constexpr,
     WHOLE: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
+    # Known when compiled, addresses and divisions cost next to nothing.
+    K = WIDTH if WHOLE else columns_in_all
+    pitch = WIDTH if WHOLE else stride
     column_blocks = tl.cdiv(K, C)
     slot_block = tl.program_id(0) // column_blocks
     columns = (tl.program_id(0) % column_blocks) * C + tl.arange(0, C)
     group, block, start, end = locate(slot_block, offs_ptr, rows, num_groups, GROUPS)
-    tile = load_tile(x_ptr, stride, start + block * 16, end, columns, K, WHOLE)
+    tile = load_tile(x_ptr, pitch, start + block * 16, end, columns, K, WHOLE)
     needed = group < num_groups
     if (ROW and not ROW_RHT) or (COL and not COL_RHT):
         plain = tl.max(tile_amax(tile), axis=0)

@@ -60,14 +60,17 @@ def locate(slot_block, offs_ptr, rows, num_groups, GROUPS: tl.constexpr):
     Args:
         slot_block: int32 scalar.
         offs_ptr: Group ends, with GROUPS > 0.
-        rows: Rows of each group, with GROUPS == 0.
+        rows: Rows of each group, with GROUPS < 2.
         num_groups: Number of groups.
-        GROUPS: num_groups rounded up to a power of two, for tokens; 0 for equal groups.
+        GROUPS: For tokens num_groups rounded up to a power of two, at least 2; 0 for equal groups;
+            1 for one group of all rows.
 
     Returns:
         Four int32 scalars; the group is num_groups or more for slots that nothing needs.
     """
-    if GROUPS == 0:
+    if GROUPS == 1:
+        return 0, slot_block, 0, rows
+    elif GROUPS == 0:
         per_group = (rows + 15) // 16
         group = slot_block // per_group
         return group, slot_block - group * per_group, group * rows, (group + 1) * rows

@@ -140,7 +140,7 @@ def quantize_rows(
     block_amax = amax_of_blocks(x, SIZE)
     if SQUARE:
         block_amax = amax_of_squares(block_amax, C)
-    code, value, encode = block_scales(block_amax, tensor_scales(amax), PTX)
+    code, value, encode = block_scales(block_amax, tensor_scales(amax), PACKED, PTX)
     row, block = flat_index(C // 16)
     word, byte = 0, 0
     if SR:
@@ -212,7 +212,7 @@ def quantize_columns(
         block_amax = tile_amax(tile)
     if SQUARE:
         block_amax = spread(tl.max(tl.reshape(block_amax, (C // 16, 16)), axis=1), C)
-    code, value, encode = block_scales(block_amax, tensor_scales(amax), PTX)
+    code, value, encode = block_scales(block_amax, tensor_scales(amax), PACKED, PTX)
     words = (0, 0, 0, 0)
     if SR:
         mantissas = bf16_mantissa(block_amax) | (bf16_mantissa(bits(amax)) << 7)
@@ -248,7 +248,7 @@ def _quantize_kernel(
     col_scale_ptr,
     col_values_ptr,
     rows,
-    K,
+    columns_in_all,
     num_groups,
     first_row,
     first_column,
@@ -272,8 +272,12 @@ def _quantize_kernel(
     ROUND: tl.constexpr,
     C: tl.constexpr,
     WHOLE: tl.constexpr,
+    WIDTH: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    # Known when compiled, addresses and divisions cost next to nothing.
+    K = WIDTH if WHOLE else columns_in_all
+    pitch = WIDTH if WHOLE else stride
     # Programs run backwards: what the amax kernel read last is still in the L2 cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     column_blocks = tl.cdiv(K, C)
@@ -283,7 +287,7 @@ def _quantize_kernel(
     needed = group < num_groups
     if ROW:
         amax = tl.load(amax_ptr + group, mask=needed, other=0.0)
-        x = load_flat(x_ptr, stride, start + block * 16, end, column, K, C, WHOLE)
+        x = load_flat(x_ptr, pitch, start + block * 16, end, column, K, C, WHOLE)
         quantize_rows(
             as_bf16(x, ROUND and ROW_RHT),
             amax,
@@ -311,7 +315,7 @@ def _quantize_kernel(
     if COL:
         amax = tl.load(amax_ptr + num_groups + group, mask=needed, other=0.0)
         columns = column + tl.arange(0, C)
-        tile = load_tile(x_ptr, stride, start + block * 16, end, columns, K, WHOLE)
+        tile = load_tile(x_ptr, pitch, start + block * 16, end, columns, K, WHOLE)
         quantize_columns(
             tile_as_bf16(tile, ROUND and COL_RHT),
             amax,

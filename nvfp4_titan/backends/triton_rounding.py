@@ -132,11 +132,16 @@ def e4m3_rtne(s, PTX: tl.constexpr):
 
 
 @triton.jit
+def e4m3_finite(code):
+    """fp32 values of e4m3 codes (int32) that are numbers."""
+    # The bits of code << 20 are the value times 2**-120, subnormals included.
+    return number(code << 20) * 1.329227995784916e36
+
+
+@triton.jit
 def e4m3_value(code):
     """fp32 values of e4m3 codes (int32); 0x7F is NaN."""
-    # The bits of code << 20 are the value times 2**-120, subnormals included.
-    value = number(code << 20) * 1.329227995784916e36
-    return tl.where(code == NAN_SCALE, float("nan"), value)
+    return tl.where(code == NAN_SCALE, float("nan"), e4m3_finite(code))
 
 
 @triton.jit
@@ -181,12 +186,14 @@ def tensor_scales(amax):
 
 
 @triton.jit
-def block_scales(amax_bits, scales, PTX: tl.constexpr):
+def block_scales(amax_bits, scales, ZEROS: tl.constexpr, PTX: tl.constexpr):
     """Scales of blocks.
 
     Args:
         amax_bits: int32, bits of the blocks' amaxes.
         scales: From `tensor_scales`.
+        ZEROS: Whether enc_b is 0 where S_b is; else it is any number, for codes that only count
+            times S_b.
         PTX: See the module.
 
     Returns:
@@ -195,11 +202,19 @@ def block_scales(amax_bits, scales, PTX: tl.constexpr):
     encode, decode, lift = scales
     scale = number(amax_bits) * (encode * (1 / 6))
     # An amax from outside may be finite where a block is not: saturating would hide it.
-    scale = tl.where(amax_bits >= EXPONENT_BITS, float("nan"), scale)
-    code = e4m3_rtne(scale, PTX)
-    value = e4m3_value(code)
+    if PTX >= 89:
+        # By arithmetic, not by comparing: integer units are what these kernels wait for.
+        scale = tl.fma(scale, 0.0, scale)
+        code = e4m3_rtne(scale, PTX)
+        value = tl.fma(scale, 0.0, e4m3_finite(code))
+    else:
+        scale = tl.where(amax_bits >= EXPONENT_BITS, float("nan"), scale)
+        code = e4m3_rtne(scale, PTX)
+        value = e4m3_value(code)
     block_encode = tl.minimum(reciprocal(value * decode, lift, PTX), FLT_MAX)
-    return code, value, tl.where(code == 0, 0.0, block_encode)
+    if ZEROS:
+        block_encode = tl.where(code == 0, 0.0, block_encode)
+    return code, value, block_encode
 
 
 @triton.jit
@@ -436,9 +451,10 @@ def rht_columns(tile):
     t = ()
     for i in tl.static_range(0, 16, 2):
         second = tile[i + 1] * signed_quarter(i + 1)
+        # Not `-second`, which is 0 - second and makes a zero positive.
         t = t + (
             tl.fma(tile[i], signed_quarter(i), second),
-            tl.fma(tile[i], signed_quarter(i), -second),
+            tl.fma(tile[i], signed_quarter(i), second * -1.0),
         )
     for stage in tl.static_range(1, 4):
         n = ()

@@ -45,11 +45,11 @@ def _kernel(
             even, odd = kernels.unpack_codes(codes, factor, PTX * form)
             result = even.to(tl.int32) * 65599 + odd.to(tl.int32)
         else:
-            sr: tl.constexpr = WHAT == "sr"
-            zeros: tl.constexpr = WHAT != "rtne of values"
-            lanes = kernels.e2m1(x, one, word, index & 3, sr, zeros, PTX * form)
+            lanes = kernels.e2m1(
+                x, one, word, index & 3, WHAT == "sr", WHAT != "rtne of values", PTX * form
+            )
             result = lanes.to(tl.int32)
-            if not zeros:
+            if WHAT == "rtne of values":
                 result = tl.where(result & 0x7FFF == 0, 0, result)
         tl.store(forms_ptr + form * count + index, result)
 
