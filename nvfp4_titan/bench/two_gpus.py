@@ -166,8 +166,8 @@ def compared(results: dict[str, dict]) -> dict[str, dict]:
     """Figures of pairs of finished jobs that started from the same weights.
 
     NVFP4 against bf16, and context and pipeline parallelism against one GPU on the same batches:
-    the gap of the mean loss of the last ten steps, the largest relative difference of a step's loss,
-    ratios of tokens per second of a GPU and of peak memory.
+    the gap of the mean loss of the last ten steps, the largest relative difference of a step's
+    loss, ratios of tokens per second of a GPU and of peak memory.
     """
     figures = {}
     for name, result in results.items():

@@ -117,8 +117,8 @@ def check_gathers(model: nn.Module, job_config: JobConfig) -> None:
     """Check that what fp4_all_gather hands out can be used.
 
     Raises:
-        ConfigError: grouped GEMMs of experts, which torchtitan casts to bf16, in fp32 compute: codes
-            cannot be cast.
+        ConfigError: experts whose weights torchtitan casts to bf16, in fp32 compute: codes cannot
+            be cast.
     """
     if not job_config.nvfp4.fp4_all_gather:
         return

@@ -78,8 +78,8 @@ class NVFP4Trainer(Trainer):
         """As torchtitan's, in the formats of this step; stops before a NaN is saved.
 
         Raises:
-            DivergedError: the loss is NaN or infinite on a step that is logged or saved, or a weight
-                on one that is saved.
+            DivergedError: the loss is NaN or infinite on a step that is logged or saved, or a
+                weight on one that is saved.
         """
         for change in self.formats.before_step(self.step):
             logger.info(f"From step {change.first_step} on: {change.gemm} as in {change.recipe}")
