@@ -56,7 +56,14 @@ class Slots:
 
     def tile_columns(self, most: int) -> int:
         """Columns of a tile, a power of two from 16. Results do not depend on it."""
+        if self.columns % most and self.columns % (most // 2) == 0:
+            return most // 2
         return max(BLOCK, min(most, triton.next_power_of_2(self.columns)))
+
+    def whole(self, tile_columns: int) -> bool:
+        """Whether every tile lies in one group with all its rows and columns."""
+        rows = self.offs is None and self.rows % BLOCK == 0
+        return rows and self.columns % tile_columns == 0
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,7 @@ def amax_triton(
             COL_RHT=cols is not None and cols.rht,
             ROUND=t.dtype != torch.bfloat16,
             C=columns,
+            WHOLE=slots.whole(columns),
             num_warps=_warps(columns),
             **EXACT,
         )
@@ -200,6 +208,7 @@ def quantize_triton(
         **flags,
         ROUND=t.dtype != torch.bfloat16,
         C=columns,
+        WHOLE=slots.whole(columns),
         PTX=ptx_level(t.device),
         num_warps=_warps(columns),
         **EXACT,
@@ -244,6 +253,7 @@ def unpack_triton(
         GROUPS=slots.groups_bound,
         COLUMNS=along_rows,
         C=columns,
+        PTX=ptx_level(values.device),
         num_warps=max(1, _warps(columns) // 2),
         **EXACT,
     )

@@ -31,7 +31,7 @@ WARPS = {"alpha": 1}  # 4 for others
 
 def quantize(rows="", cols="", groups=0, dtype="bf16"):
     """Constants of the quantize kernel for uses such as "sr rht values"."""
-    constants = {"GROUPS": groups, "ROUND": dtype != "bf16", "C": 512}
+    constants = {"GROUPS": groups, "ROUND": dtype != "bf16", "C": 512, "WHOLE": not groups}
     for name, use in (("ROW", rows), ("COL", cols)):
         constants[name] = bool(use)
         for field in ("square", "sr", "rht", "packed", "values"):
@@ -42,8 +42,8 @@ def quantize(rows="", cols="", groups=0, dtype="bf16"):
 # Kernel, dtype of its input, constants, most registers on sm_90 (spills are never allowed).
 AMAX = {"GROUPS": 0, "ROW": True, "ROW_RHT": False, "COL": True, "COL_RHT": True, "ROUND": False}
 CASES = {
-    "amax": (_amax_kernel, "bf16", {**AMAX, "C": 512}, 96),
-    "amax of groups": (_amax_kernel, "bf16", {**AMAX, "GROUPS": 16, "C": 512}, 96),
+    "amax": (_amax_kernel, "bf16", {**AMAX, "C": 512, "WHOLE": True}, 96),
+    "amax of groups": (_amax_kernel, "bf16", {**AMAX, "GROUPS": 16, "C": 512, "WHOLE": False}, 96),
     "x": (_quantize_kernel, "bf16", quantize("values", "rht packed"), 128),
     "dy": (_quantize_kernel, "bf16", quantize("sr values", "sr rht values"), 168),
     "w": (_quantize_kernel, "bf16", quantize("square values packed"), 168),
