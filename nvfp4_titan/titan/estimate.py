@@ -18,11 +18,12 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from torch import distributed, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -38,6 +39,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..training.weights import converted_weights
 from . import activation_checkpoint, cpu_runtime
 from .tracking import Tracker
+from .trainer import parse
 
 _ADAMW_STATES = 2
 _GATHERS = 2
@@ -67,6 +69,53 @@ class Estimate:
     peak: int
     traffic: dict[str, int] = field(default_factory=dict)
     fp4_all_gather: int | None = None
+
+
+VARIANTS = {"bf16": "--model.converters=", "nvfp4": "--model.converters=nvfp4"}
+
+
+def compare(config: Path, world_size: int, options: list[str]) -> dict[str, Estimate]:
+    """Estimates of a TOML's job in bf16 and in NVFP4.
+
+    Args:
+        config: The TOML.
+        world_size: Ranks.
+        options: torchtitan's, over the TOML; the tokenizer and the data are not needed.
+
+    Raises:
+        UserError: settings that cannot be used.
+    """
+    return {
+        name: estimate(parse([f"--job.config_file={config}", *options, variant]), world_size)
+        for name, variant in VARIANTS.items()
+    }
+
+
+def format_table(estimates: dict[str, Estimate], device_gib: float) -> str:
+    """Estimates as a Markdown table, GiB of a rank.
+
+    Args:
+        estimates: By name.
+        device_gib: Memory of a device.
+    """
+    kinds = sorted({kind for e in estimates.values() for kind in e.traffic})
+    head = ("", "parameters", "gradients", "optimizer", "activations", "peak", "of the device")
+    lines = [head + tuple(f"{kind} a step" for kind in kinds)]
+    for name, e in estimates.items():
+        memory = (e.parameters, e.gradients, e.optimizer, e.activations, e.peak)
+        share = f"{e.peak / 2**30 / device_gib:.0%}"
+        traffic = (e.traffic.get(kind, 0) for kind in kinds)
+        lines.append((name, *map(_gib, memory), share, *map(_gib, traffic)))
+        if e.fp4_all_gather is not None:
+            line = (_gib(e.fp4_all_gather if kind == "all_gather" else e.traffic.get(kind, 0))
+                    for kind in kinds)  # fmt: skip
+            lines.append((f"{name}, fp4_all_gather", *[""] * (len(head) - 1), *line))
+    rows = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f}"
 
 
 def estimate(job_config: JobConfig, world_size: int) -> Estimate:
@@ -176,7 +225,7 @@ def _balanced_experts() -> Iterator[None]:
     def even_dispatch(self, module, inputs, mesh):
         share, rest = divmod(inputs[0].shape[0], mesh.shape[0])
         splits = [share + (rank < rest) for rank in range(mesh.shape[0])]
-        with patch.object(torch.Tensor, "tolist", lambda tensor: splits):
+        with patch.object(FakeTensor, "tolist", lambda tensor: splits):
             return dispatch(self, module, inputs, mesh)
 
     with (

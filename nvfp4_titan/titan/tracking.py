@@ -10,8 +10,8 @@ from unittest.mock import patch
 import torch
 from torch import distributed
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
 
