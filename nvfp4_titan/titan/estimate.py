@@ -6,6 +6,7 @@ Exact: shards, gradients and the optimizer's state. Traced: what is alive, and w
 
     assumption                          where it is wrong
     eager execution                     a compiled block keeps less for backward
+    attention without masks             flex attention's block masks come on top
     every expert gets as many tokens    an unbalanced router gives a rank more
     one microbatch                      with gradient accumulation traffic grows with their number
     AdamW                               another optimizer has other state
@@ -137,6 +138,10 @@ def estimate(job_config: JobConfig, world_size: int) -> Estimate:
         )
     if not cpu_runtime.active():
         raise UnsupportedError("an estimate must see no GPU: set CUDA_VISIBLE_DEVICES=''")
+    job_config = copy.deepcopy(job_config)
+    job_config.compile.enable = False
+    if "nvfp4" in job_config.model.converters:
+        job_config.nvfp4.fp4_all_gather = False  # counted, not traced: codes need values
     distributed.init_process_group("fake", rank=0, world_size=world_size)
     try:
         return _traced(job_config, world_size)
@@ -205,11 +210,12 @@ def _sharded_model(job_config: JobConfig, spec: TrainSpec, dims: ParallelDims) -
     if hasattr(args, "moe_args"):
         # Switched off where no Hopper GPU is.
         args.moe_args.use_grouped_mm = True
+    if getattr(args, "attn_type", "sdpa") != "sdpa":
+        args.attn_type = "sdpa"  # its masks need tokens; it keeps as much for backward
     with torch.device("meta"):
         model = spec.model_cls(args)
     build_model_converters(job_config, dims).convert(model)
     activation_checkpoint.install()
-    job_config.compile.enable = False
     return spec.parallelize_fn(model, dims, job_config)
 
 
