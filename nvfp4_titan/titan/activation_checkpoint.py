@@ -4,7 +4,7 @@ torchtitan's policy saves the outputs of listed ops, aten.mm among them, and of 
 one; `per_op_sac_force_recompute_mm_shapes_by_fqns` names mms by their weight's shape. Adding our
 ops to the models' lists would save all of them and miss the shapes, so the policy is shown an
 aten.mm wherever one of our GEMMs runs. Grouped GEMMs are on none of torchtitan's lists, so neither
-are ours.
+are ours. The attention of a CPU is shown as a GPU's, which the lists name.
 """
 
 from functools import wraps
@@ -17,6 +17,7 @@ from torchtitan.distributed import activation_checkpoint
 
 from ..backends import BACKENDS
 
+aten = torch.ops.aten
 _create_contexts = checkpoint.create_selective_checkpoint_contexts
 _apply_op_sac = activation_checkpoint._apply_op_sac
 
@@ -37,9 +38,11 @@ def _create_contexts_seeing_gemms(policy, *args, **kwargs):
     gemms = {backend.gemm.op: backend.gemm.weight_shape for backend in BACKENDS.values()}
 
     def seeing(context, op, *op_args, **op_kwargs):
+        if op is aten._scaled_dot_product_flash_attention_for_cpu.default:
+            op = aten._scaled_dot_product_flash_attention.default
         if op.name() not in gemms:
             return policy(context, op, *op_args, **op_kwargs)
         weight = SimpleNamespace(shape=torch.Size(gemms[op.name()](*op_args, **op_kwargs)))
-        return policy(context, torch.ops.aten.mm.default, op_args[0], weight)
+        return policy(context, aten.mm.default, op_args[0], weight)
 
     return _create_contexts(seeing, *args, **kwargs)

@@ -77,7 +77,7 @@ def _before_forward(model: nn.Module, args) -> None:
     state = getattr(model, _STATE)
     if state.fresh:
         return
-    state.weights = state.weights or _converted_weights(model)
+    state.weights = state.weights or converted_weights(model)
     _refresh(state)
 
 
@@ -95,7 +95,8 @@ def _refresh(state: _State) -> None:
     state.fresh = True
 
 
-def _converted_weights(model: nn.Module) -> list[ShardedWeight]:
+def converted_weights(model: nn.Module) -> list[ShardedWeight]:
+    """All weights of a model that run quantized, in the same order on all ranks."""
     records = fsdp_records(model)
     return [
         ShardedWeight(

@@ -64,7 +64,6 @@ def options(model, folder, degrees):
         "--metrics.no-enable-tensorboard",
         "--checkpoint.enable",
         f"--job.dump_folder={folder}",
-        "--debug.seed=0",
     ]
     argv += [f"--parallelism.{name}_degree={degree}" for name, degree in degrees.items()]
     if "pipeline_parallel" in degrees:

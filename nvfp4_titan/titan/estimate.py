@@ -1,0 +1,277 @@
+"""What a job needs on each rank, from its settings alone: memory, and bytes over the network.
+
+torchtitan's own parallelization runs on a model without data, for any number of ranks in one
+process (the "fake" process group), then one forward and backward pass is traced (FakeTensorMode).
+Exact: shards, gradients and the optimizer's state. Traced: what is alive, and what is sent.
+
+    assumption                          where it is wrong
+    eager execution                     a compiled block keeps less for backward
+    attention without masks             flex attention's block masks come on top
+    every expert gets as many tokens    an unbalanced router gives a rank more
+    one microbatch                      with gradient accumulation traffic grows with their number
+    AdamW                               another optimizer has other state
+    no allocator, no workspaces         CUDA's context, cuBLAS and fragmentation come on top
+
+Needs no GPU and must see none: torchtitan then takes the CPU for its device.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import distributed, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fsdp_state
+from torch.distributed.tensor import DTensor
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.expert_parallel import ExpertParallel
+from torchtitan.distributed.utils import get_train_context, maybe_enable_amp
+from torchtitan.models.moe import utils as moe_utils
+from torchtitan.protocols.model_converter import build_model_converters
+from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
+
+from ..distributed import fsdp_records
+from ..distributed.fp4_gather import obstacle
+from ..errors import ConfigError, UnsupportedError
+from ..training.weights import converted_weights
+from . import activation_checkpoint, cpu_runtime
+from .tracking import Tracker
+from .trainer import parse
+
+_ADAMW_STATES = 2
+_GATHERS = 2
+"""Of a weight in a step: for the forward and, where FSDP frees it in between, for the backward."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one rank.
+
+    Attributes:
+        parameters: Its shards.
+        gradients: As many elements, in the parameters' dtype.
+        optimizer: AdamW's two states.
+        activations: Alive between forward and backward, loss included, gathered weights not.
+        gathered: Weights that FSDP keeps gathered from forward to backward.
+        peak: Everything at the highest point of forward and backward.
+        traffic: Received in a step, by collective.
+        fp4_all_gather: What all_gather becomes with nvfp4.fp4_all_gather; None without NVFP4.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    gathered: int
+    peak: int
+    traffic: dict[str, int] = field(default_factory=dict)
+    fp4_all_gather: int | None = None
+
+
+VARIANTS = {"bf16": "--model.converters=", "nvfp4": "--model.converters=nvfp4"}
+
+
+def compare(config: Path, world_size: int, options: list[str]) -> dict[str, Estimate]:
+    """Estimates of a TOML's job in bf16 and in NVFP4.
+
+    Args:
+        config: The TOML.
+        world_size: Ranks.
+        options: torchtitan's, over the TOML; the tokenizer and the data are not needed.
+
+    Raises:
+        UserError: settings that cannot be used.
+    """
+    return {
+        name: estimate(parse([f"--job.config_file={config}", *options, variant]), world_size)
+        for name, variant in VARIANTS.items()
+    }
+
+
+def format_table(estimates: dict[str, Estimate], device_gib: float) -> str:
+    """Estimates as a Markdown table, GiB of a rank.
+
+    Args:
+        estimates: By name.
+        device_gib: Memory of a device.
+    """
+    kinds = sorted({kind for e in estimates.values() for kind in e.traffic})
+    head = ("", "parameters", "gradients", "optimizer", "activations", "peak", "of the device")
+    lines = [head + tuple(f"{kind} a step" for kind in kinds)]
+    for name, e in estimates.items():
+        memory = (e.parameters, e.gradients, e.optimizer, e.activations, e.peak)
+        share = f"{e.peak / 2**30 / device_gib:.0%}"
+        traffic = (e.traffic.get(kind, 0) for kind in kinds)
+        lines.append((name, *map(_gib, memory), share, *map(_gib, traffic)))
+        if e.fp4_all_gather is not None:
+            line = (_gib(e.fp4_all_gather if kind == "all_gather" else e.traffic.get(kind, 0))
+                    for kind in kinds)  # fmt: skip
+            lines.append((f"{name}, fp4_all_gather", *[""] * (len(head) - 1), *line))
+    rows = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f}"
+
+
+def estimate(job_config: JobConfig, world_size: int) -> Estimate:
+    """Estimate a job's memory and traffic per rank; leaves no process group behind.
+
+    Args:
+        job_config: Settings; compile, checkpoints and data are not looked at.
+        world_size: Ranks.
+
+    Raises:
+        ConfigError: degrees that do not fit the number of ranks.
+        UnsupportedError: pipeline or context parallelism, or a GPU in sight.
+    """
+    p = job_config.parallelism
+    if p.pipeline_parallel_degree > 1 or p.context_parallel_degree > 1:
+        raise UnsupportedError(
+            "estimates cover data, tensor and expert parallelism: set pipeline_parallel_degree and "
+            "context_parallel_degree to 1"
+        )
+    if not cpu_runtime.active():
+        raise UnsupportedError("an estimate must see no GPU: set CUDA_VISIBLE_DEVICES=''")
+    job_config = copy.deepcopy(job_config)
+    job_config.compile.enable = False
+    if "nvfp4" in job_config.model.converters:
+        job_config.nvfp4.fp4_all_gather = False  # counted, not traced: codes need values
+    distributed.init_process_group("fake", rank=0, world_size=world_size)
+    try:
+        return _traced(job_config, world_size)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _traced(job_config: JobConfig, world_size: int) -> Estimate:
+    dims = _parallel_dims(job_config, world_size)
+    spec, training = get_train_spec(job_config.model.name), job_config.training
+    with _balanced_experts():
+        model = _sharded_model(job_config, spec, dims)
+        less = _fp4_savings(model)
+        with ExitStack() as stack:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            model.to_empty(device="cpu")
+            cpu_runtime.prepare_trainer([model])
+            tokens = torch.zeros(training.local_batch_size, training.seq_len, dtype=torch.int64)
+            labels = torch.zeros_like(tokens)
+            loss_fn = spec.build_loss_fn(job_config, parallel_dims=dims)
+            loss_parallel = dims.tp_enabled and not job_config.parallelism.disable_loss_parallel
+            stack.enter_context(get_train_context(loss_parallel)())
+            stack.enter_context(
+                maybe_enable_amp(dims, training.mixed_precision_param, torch.device("cpu").type)
+            )
+            tracker = stack.enter_context(Tracker())
+            loss = loss_fn(model(tokens), labels)
+            gathered = gathered_bytes(model)
+            activations = tracker.live - gathered
+            loss.backward()
+    parameters = local_bytes(model)
+    state = _ADAMW_STATES * parameters
+    return Estimate(
+        parameters=parameters,
+        gradients=parameters,
+        optimizer=state,
+        activations=activations,
+        gathered=gathered,
+        peak=parameters + state + tracker.peak,
+        traffic=dict(tracker.traffic),
+        fp4_all_gather=less and tracker.traffic["all_gather"] - less,
+    )
+
+
+def _parallel_dims(job_config: JobConfig, world_size: int) -> ParallelDims:
+    p = job_config.parallelism
+    try:
+        return ParallelDims(
+            dp_shard=p.data_parallel_shard_degree,
+            dp_replicate=p.data_parallel_replicate_degree,
+            cp=p.context_parallel_degree,
+            tp=p.tensor_parallel_degree,
+            pp=p.pipeline_parallel_degree,
+            ep=p.expert_parallel_degree,
+            etp=p.expert_tensor_parallel_degree,
+            world_size=world_size,
+        )
+    except AssertionError as error:
+        raise ConfigError(f"the degrees do not fit {world_size} ranks: {error}") from error
+
+
+def _sharded_model(job_config: JobConfig, spec: TrainSpec, dims: ParallelDims) -> nn.Module:
+    """The model on meta, converted and parallelized as torchtitan's trainer does."""
+    args = copy.deepcopy(spec.model_args[job_config.model.flavor])
+    args.update_from_config(job_config)
+    if hasattr(args, "moe_args"):
+        # Switched off where no Hopper GPU is.
+        args.moe_args.use_grouped_mm = True
+    if getattr(args, "attn_type", "sdpa") != "sdpa":
+        args.attn_type = "sdpa"  # its masks need tokens; it keeps as much for backward
+    with torch.device("meta"):
+        model = spec.model_cls(args)
+    build_model_converters(job_config, dims).convert(model)
+    activation_checkpoint.install()
+    return spec.parallelize_fn(model, dims, job_config)
+
+
+@contextmanager
+def _balanced_experts() -> Iterator[None]:
+    """Let routing run without values: every expert gets as many tokens."""
+    dispatch = ExpertParallel._token_dispatch
+
+    def shapes(tokens_per_expert, experts_per_rank, ranks, max_len, alignment, use_cpu=False):
+        ends = tokens_per_expert.new_empty(experts_per_rank, dtype=torch.int32)
+        return tokens_per_expert.new_empty(max_len, dtype=torch.int32), ends, ends
+
+    def even_dispatch(self, module, inputs, mesh):
+        share, rest = divmod(inputs[0].shape[0], mesh.shape[0])
+        splits = [share + (rank < rest) for rank in range(mesh.shape[0])]
+        with patch.object(FakeTensor, "tolist", lambda tensor: splits):
+            return dispatch(self, module, inputs, mesh)
+
+    with (
+        # Experts that FSDP wraps apart make other profiler entries when a block is recomputed.
+        patch.object(_fsdp_param_group, "record_function", lambda name: nullcontext()),
+        patch.object(_fsdp_state.torch.profiler, "record_function", lambda name: nullcontext()),
+        patch.object(moe_utils, "generate_permute_indices", shapes),
+        patch.object(ExpertParallel, "_token_dispatch", even_dispatch),
+    ):
+        yield
+
+
+def local_bytes(model: nn.Module) -> int:
+    """Bytes of this rank's parts of the parameters."""
+    parameters = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return sum(p.nbytes for p in parameters)
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that FSDP has gathered now."""
+    storages = {}
+    for record in fsdp_records(model).values():
+        for output in getattr(record, "all_gather_outputs", ()):
+            storages[output.untyped_storage()._cdata] = output.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def _fp4_savings(model: nn.Module) -> int | None:
+    """Bytes that a rank need not receive with fp4_all_gather; None for a model without NVFP4."""
+    weights = converted_weights(model)
+    if not weights:
+        return None
+    saved = 0.0
+    for weight in weights:
+        recipe, _ = weight.module.recipes()[weight.name]
+        if obstacle(weight, recipe) is not None:
+            continue
+        elements = weight.local.numel() * (weight.fsdp_ranks - 1)
+        format = recipe.fprop.right
+        codes = format.format.scale_dtype.itemsize / (format.block[0] * format.block[1]) + 0.5
+        saved += _GATHERS * elements * (weight.fsdp.mp_policy.param_dtype.itemsize - codes)
+    return round(saved)

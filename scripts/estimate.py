@@ -1,0 +1,61 @@
+#!/usr/bin/env python
+"""Memory and network traffic of a job per rank, from its TOML and the number of ranks; no GPU.
+
+    scripts/estimate.py train_configs/llama3_8b.toml --ranks 8
+    scripts/estimate.py train_configs/llama3_8b.toml --ranks 8 -- --training.seq_len=4096
+
+Prints bf16 beside NVFP4. Options after -- are torchtitan's. docs/scale.md says what is assumed.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+
+# Before torch is imported: torchtitan must take the CPU for its device.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+from nvfp4_titan.errors import UserError
+from nvfp4_titan.titan import cpu_runtime
+
+
+@dataclass
+class Arguments:
+    """Estimate a job."""
+
+    config: tyro.conf.Positional[Path]
+    """TOML of the job."""
+    ranks: int
+    """Number of ranks, one per GPU."""
+    device_gib: float = 80.0
+    """Memory of a device, to compare with."""
+    output: Path | None = None
+    """JSON file to write, in bytes."""
+
+
+def main(argv: list[str]) -> int:
+    split = argv.index("--") if "--" in argv else len(argv)
+    arguments = tyro.cli(Arguments, args=argv[:split])
+    cpu_runtime.install()
+    # Imports torchtitan, which must see the CPU runtime.
+    from nvfp4_titan.titan.estimate import compare, format_table
+
+    try:
+        found = compare(arguments.config, arguments.ranks, argv[split + 1 :])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(format_table(found, arguments.device_gib))
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        content = {"command": " ".join(sys.argv)}
+        content |= {name: asdict(estimate) for name, estimate in found.items()}
+        arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
