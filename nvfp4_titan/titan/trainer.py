@@ -3,6 +3,9 @@
 import copy
 import os
 import pickle
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import tomli
@@ -21,6 +24,8 @@ from . import cpu_runtime, record
 from .checkpoints import choose_step
 from .checks import check
 from .converter import convert_by_settings, schedule, switches
+from .stopping import StopRequest
+from .validate import prepare_validator
 
 CONFIG_MODULE = "nvfp4_titan.titan.job_config"
 _CONFIG_FILE_KEYS = ("--job.config_file", "--job.config-file")
@@ -30,6 +35,8 @@ class NVFP4Trainer(Trainer):
     """torchtitan's Trainer that leaves a record of its run and stops when the loss is NaN.
 
     It also carries out nvfp4.schedule: it knows the step, a restored one too, before the forward.
+    With checkpoints SIGTERM makes it save and end. TensorBoard gets `data/checksum`, of the tokens
+    of a logged step on this rank: runs that saw the same data have the same ones.
     """
 
     def __init__(self, job_config: JobConfig):
@@ -44,7 +51,11 @@ class NVFP4Trainer(Trainer):
         self.formats = _schedule(job_config, self.model_parts) if converted else FormatSchedule(())
         cpu_runtime.prepare_trainer(self.model_parts)
         if distributed.get_rank() == 0:
-            record.write(job_config)
+            record.write(job_config, self.model_parts)
+        if job_config.validation.enable:
+            prepare_validator(self.validator, job_config.training.steps)
+        self.stop = StopRequest()
+        self.steps_done, self.checksum = 0, 0
 
     def train(self) -> None:
         """Train, from the newest whole checkpoint; then record how tokens spread over experts.
@@ -57,7 +68,8 @@ class NVFP4Trainer(Trainer):
         if checkpoint.enable and checkpoint.load_step == -1:
             checkpoint.load_step = choose_step(folder)
         try:
-            super().train()
+            with self.stop if checkpoint.enable else nullcontext():
+                super().train()
         except (CheckpointException, EOFError, pickle.UnpicklingError) as error:
             raise ConfigError(
                 f"a checkpoint cannot be read ({_first_line(error)}): check that "
@@ -66,6 +78,29 @@ class NVFP4Trainer(Trainer):
             ) from error
         if distributed.get_rank() == 0:
             record.write_tokens_per_expert(self.job_config, self.model_parts)
+
+    def should_continue_training(self) -> bool:
+        """As torchtitan's; no, once any rank was told to stop, after saving this step."""
+        if not super().should_continue_training():
+            return False
+        checkpoint = self.job_config.checkpoint
+        # Asking the other ranks waits for the device: where torchtitan waits anyway.
+        asks = distributed.get_world_size() == 1 or self.metrics_processor.should_log(self.step)
+        if not (checkpoint.enable and self.steps_done and asks and self.stop.anywhere(self.device)):
+            return True
+        if self.step % checkpoint.interval:
+            record.flush(self.metrics_processor)
+            self.checkpointer.interval = self.step  # this step is due
+            self.checkpointer.save(self.step)
+        logger.info(f"Told to stop: step {self.step} is saved, the same command goes on from it")
+        return False
+
+    def batch_generator(self, data_iterable: Iterable) -> Iterator:
+        """As torchtitan's; keeps a checksum of the tokens for `train_step`."""
+        for batch in super().batch_generator(data_iterable):
+            if self.metrics_processor.should_log(self.step):
+                self.checksum = zlib.crc32(batch[1].contiguous().numpy(), self.checksum)
+            yield batch
 
     def forward_backward_step(self, **kwargs) -> torch.Tensor:
         """As torchtitan's; keeps the sum of the losses for `train_step`."""
@@ -81,8 +116,17 @@ class NVFP4Trainer(Trainer):
         """
         for change in self.formats.before_step(self.step):
             logger.info(f"From step {change.first_step} on: {change.gemm} as in {change.recipe}")
-        self.step_loss = 0.0
+        restored = self.step - 1
+        if not self.steps_done and restored and self._validates(restored):
+            # The run may have died between its checkpoint and the validation of that step.
+            self.validator.validate(self.model_parts, restored)
+        self.step_loss, self.checksum = 0.0, 0
         super().train_step(data_iterator)
+        self.steps_done += 1
+        if self.metrics_processor.should_log(self.step):
+            # 24 bits: TensorBoard keeps fp32.
+            checksum = {"data/checksum": self.checksum & 0xFFFFFF}
+            self.metrics_processor.logger.log(checksum, self.step)
         checkpoint = self.job_config.checkpoint
         saves = checkpoint.enable and self.step % checkpoint.interval == 0
         last = self.step == self.job_config.training.steps
@@ -94,6 +138,11 @@ class NVFP4Trainer(Trainer):
                 f"the loss is not finite at step {self.step}: lower optimizer.lr or raise "
                 "lr_scheduler.warmup_steps, and resume from the last checkpoint"
             )
+        if saves:
+            record.flush(self.metrics_processor)
+
+    def _validates(self, step: int) -> bool:
+        return self.job_config.validation.enable and self.validator.should_validate(step)
 
 
 def run(argv: list[str], trainer_class: type[NVFP4Trainer] = NVFP4Trainer) -> None:
