@@ -242,4 +242,3 @@ class Progress:
 def clock(seconds: float) -> str:
     """Minutes and seconds, such as "3m05s"."""
     return f"{int(seconds) // 60}m{int(seconds) % 60:02}s"
-

@@ -24,6 +24,7 @@ from . import cpu_runtime, record
 from .checkpoints import choose_step
 from .checks import check
 from .converter import convert_by_settings, schedule, switches
+from .numerics_log import NumericsLog
 from .stopping import StopRequest
 from .validate import prepare_validator
 
@@ -34,7 +35,8 @@ _CONFIG_FILE_KEYS = ("--job.config_file", "--job.config-file")
 class NVFP4Trainer(Trainer):
     """torchtitan's Trainer that leaves a record of its run and stops when the loss is NaN.
 
-    It also carries out nvfp4.schedule: it knows the step, a restored one too, before the forward.
+    It also carries out nvfp4.schedule and nvfp4.numerics_log_freq: before the forward it knows the
+    step, a restored one too.
     With checkpoints SIGTERM makes it save and end. TensorBoard gets `data/checksum`, of the tokens
     of a logged step on this rank: runs that saw the same data have the same ones.
     """
@@ -46,9 +48,12 @@ class NVFP4Trainer(Trainer):
             record.clear(job_config)
         converted = "nvfp4" in job_config.model.converters
         if converted:
-            job_config.nvfp4.trainer_switches_formats = True
+            job_config.nvfp4.trainer_knows_step = True
         super().__init__(job_config)
         self.formats = _schedule(job_config, self.model_parts) if converted else FormatSchedule(())
+        frequency = job_config.nvfp4.numerics_log_freq if converted else 0
+        folder = Path(job_config.job.dump_folder)
+        self.numerics = NumericsLog(self.model_parts, frequency, folder)
         cpu_runtime.prepare_trainer(self.model_parts)
         if distributed.get_rank() == 0:
             record.write(job_config, self.model_parts)
@@ -76,6 +81,7 @@ class NVFP4Trainer(Trainer):
                 "checkpoint.initial_load_path or checkpoint.load_step names a whole one of this "
                 f"model (those of this run are in {folder})"
             ) from error
+        self.numerics.close()
         if distributed.get_rank() == 0:
             record.write_tokens_per_expert(self.job_config, self.model_parts)
 
@@ -121,7 +127,8 @@ class NVFP4Trainer(Trainer):
             # The run may have died between its checkpoint and the validation of that step.
             self.validator.validate(self.model_parts, restored)
         self.step_loss, self.checksum = 0.0, 0
-        super().train_step(data_iterator)
+        with self.numerics.step(self.step, self.metrics_processor):
+            super().train_step(data_iterator)
         self.steps_done += 1
         if self.metrics_processor.should_log(self.step):
             # 24 bits: TensorBoard keeps fp32.
