@@ -125,8 +125,9 @@ class _Site:
     def _clear(self) -> None:
         self.now: dict[str, _Seen] = {}
         self.backward = False
-        # By address of codes: sampled columns of x and w, for backward.
-        self.columns: dict[int, torch.Tensor] = {}
+        # By address of codes: sampled columns of x and w for backward, and the expert.
+        self.columns: dict[int, tuple[torch.Tensor, int]] = {}
+        self.calls = 0
 
     def attach(self) -> None:
         self._own = self.module.recipes()[self.name][1]
@@ -158,12 +159,16 @@ class _Site:
         self.backward = kind == DY or (kind == W and self.backward)
         if kind == X:
             self.now.clear()
+            self.calls += 1
         self.now[kind] = _Seen(t, offs)
         for use, operand, transposed in zip(uses, operands, (False, True), strict=True):
             if use is None:
                 continue
             if kind != DY:
-                self.columns[operand.codes.data_ptr()] = t[..., _spread(t.shape[-1])].clone()
+                sample = t[..., _spread(t.shape[-1])].clone()
+                # What backward quantizes again comes in no order of calls.
+                expert = self._expert(t) if use.stream in _ROLES else -1
+                self.columns[operand.codes.data_ptr()] = sample, expert
             gemm, _ = _ROLES.get(use.stream, (None, W))
             if gemm is not None:
                 sums = operand_sums(t, operand, use, transposed, offs)
@@ -174,7 +179,7 @@ class _Site:
         if DY in self.now:
             left, gemm = self.now[DY], "dgrad"
             indices = _spread(out.shape[-1])
-            right = self.columns.get(b.codes.data_ptr())
+            right, expert = self.columns.get(b.codes.data_ptr(), (None, -1))
             if right is None:  # a weight that was gathered in codes
                 whole = dequantize(_contiguous(b))
                 right = (whole if b_transposed else whole.mT)[..., indices]
@@ -182,50 +187,66 @@ class _Site:
             left, gemm = self.now[X], "fprop"
             indices = _spread(out.shape[-1])
             w = self.now[W].tensor if W in self.now else dequantize(_contiguous(b))
-            right = w[..., indices, :].mT
+            right, expert = w[..., indices, :].mT, self._expert(left.tensor)
         else:
             return
         if left.offs is None:
             rows = _spread(out.shape[0], _TOKENS)
             exact = left.tensor[rows].float() @ right.float()
-            self._add(gemm, -1, gemm_sums(out[rows][:, indices], exact))
+            self._compare(gemm, expert, len(left.tensor), out[rows][:, indices], exact)
             return
-        first = self._first_expert()
+        first, _ = self._experts()
         for e, (start, end) in enumerate(_bounds(left.offs)):
-            if end - start >= _FEW:
-                rows = start + _spread(end - start, _TOKENS)
-                exact = left.tensor[rows].float() @ right[e].float()
-                self._add(gemm, first + e, gemm_sums(out[rows][:, indices], exact))
+            rows = start + _spread(end - start, _TOKENS)
+            exact = left.tensor[rows].float() @ right[e].float()
+            self._compare(gemm, first + e, end - start, out[rows][:, indices], exact)
 
     def weight_gradient(self, x: QuantizedOperand, dw: torch.Tensor) -> None:
         """Compare a wgrad."""
-        seen, columns = self.now.get(DY), self.columns.get(x.codes.data_ptr())
+        seen, (columns, expert) = self.now.get(DY), self.columns.get(x.codes.data_ptr(), (None, -1))
         if seen is None or columns is None:
             return
         rows, indices = _spread(dw.shape[-2]), _spread(dw.shape[-1])
         dy = seen.tensor[:, rows].float()
         if seen.offs is None:
-            sample = dw[rows][:, indices]
-            self._add("wgrad", -1, gemm_sums(sample, dy.T @ columns.float()))
+            exact = dy.T @ columns.float()
+            self._compare("wgrad", expert, len(dy), dw[rows][:, indices], exact)
             return
-        first = self._first_expert()
+        first, _ = self._experts()
         for e, (start, end) in enumerate(_bounds(seen.offs)):
-            if end - start >= _FEW:
-                exact = dy[start:end].T @ columns[start:end].float()
-                self._add("wgrad", first + e, gemm_sums(dw[e][rows][:, indices], exact))
+            exact = dy[start:end].T @ columns[start:end].float()
+            self._compare("wgrad", first + e, end - start, dw[e][rows][:, indices], exact)
+
+    def _compare(
+        self, gemm: str, expert: int, tokens: int, actual: torch.Tensor, exact: torch.Tensor
+    ) -> None:
+        if expert < 0 or tokens >= _FEW:
+            self._add(gemm, expert, gemm_sums(actual, exact))
+
+    def _expert(self, t: torch.Tensor) -> int:
+        """Global number of the expert that a plain GEMM belongs to; -1 for none, or for many.
+
+        Without grouped GEMMs torchtitan calls the experts one by one, each once and in order.
+        """
+        x = self.now.get(X)
+        if isinstance(self.module, NVFP4Linear) or t.dim() == 3 or x is None or x.offs is not None:
+            return -1
+        first, count = self._experts()
+        return first + (self.calls - 1) % count
 
     def _add(self, what: str, expert: int, sums: torch.Tensor) -> None:
         known = self.sums.get((what, expert))
         self.sums[what, expert] = sums if known is None else known + sums
 
-    def _first_expert(self) -> int:
-        """Global number of this rank's first expert."""
+    def _experts(self) -> tuple[int, int]:
+        """Global number of this rank's first expert, and how many it computes."""
         p = self.module._parameters[self.name]
         if not isinstance(p, DTensor) or "ep" not in (p.device_mesh.mesh_dim_names or ()):
-            return 0
-        mesh = p.device_mesh
-        size = mesh.size(mesh.mesh_dim_names.index("ep"))
-        return first_index(p.shape[0], mesh.get_local_rank("ep"), size)
+            return 0, p.shape[0]
+        mesh, count = p.device_mesh, p.shape[0]
+        rank, size = mesh.get_local_rank("ep"), mesh.size(mesh.mesh_dim_names.index("ep"))
+        first = first_index(count, rank, size)
+        return first, first_index(count, rank + 1, size) - first
 
 
 def observing(backend: Backend, site: _Site) -> Backend:

@@ -36,7 +36,7 @@ class Bound:
 
 
 GEMM_BOUNDS = (
-    Bound("gain", 0.95, 1.05, "its results are too small or too large: look at global scales"),
+    Bound("gain", 0.93, 1.07, "its results are too small or too large: look at global scales"),
     Bound("worst_gain", 0.93, 1.07, "an expert's results are too small or too large"),
     Bound("cosine", 0.9, math.inf, "its results point elsewhere"),
     Bound("same_rht", 1, 1, "its operands are not under the same Hadamard transform"),
@@ -91,7 +91,7 @@ def figures(sums: dict[Key, list[float]]) -> Figures:
     for fqn, what in list(found):
         if what == "wgrad":
             sides = [sums.get((fqn, f"wgrad/{operand}", -1)) for operand in ("dy", "x")]
-            if None not in sides:
+            if None not in sides and any(side[0] for side in sides):
                 found[fqn, what]["same_rht"] = float(_same_rht(*sides))
     return found
 
