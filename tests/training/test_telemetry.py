@@ -97,7 +97,9 @@ def test_figures_are_those_of_the_whole_tensors(monkeypatch):
     exact = {"fprop": x @ w.T, "dgrad": dy @ w, "wgrad": dy.T @ x}
     for gemm, actual in (("fprop", y), ("dgrad", x.grad), ("wgrad", w.grad)):
         values = found["0.weight", gemm]
-        assert values["sqnr_db"] == pytest.approx(sqnr(actual.detach(), exact[gemm].detach()), abs=1e-3)
+        assert values["sqnr_db"] == pytest.approx(
+            sqnr(actual.detach(), exact[gemm].detach()), abs=1e-3
+        )
         cosine = torch.nn.functional.cosine_similarity(
             actual.double().flatten(), exact[gemm].double().flatten(), dim=0
         )
