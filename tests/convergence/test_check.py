@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def script():
     path = ROOT / "scripts" / "check_convergence.py"
     spec = importlib.util.spec_from_file_location("check_convergence", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # tyro reads the help out of the source
     spec.loader.exec_module(module)
     return module
 
