@@ -18,8 +18,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {backend.name: backend for backend in (REFERENCE, TRITON)}
 )
 BACKEND_NAMES = ("auto", "reference", "triton", "native")
-# "triton" joins once its GPU tests have run on a GPU; until then it is asked for by name.
-AUTO_ORDER = ("native", "reference")
+AUTO_ORDER = ("native", "triton", "reference")
 
 _logger = logging.getLogger(__name__)
 _announced: set[str] = set()

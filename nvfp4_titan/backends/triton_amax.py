@@ -8,17 +8,24 @@ of RHT values rounded to bf16 is the rounded amax.
 import triton
 import triton.language as tl
 
-from .triton_layout import as_bf16, load_tile, locate
+from .triton_layout import load_tile, locate, tile_as_bf16
 from .triton_rounding import MAGNITUDE_BITS, bits, rht_columns, rht_rows, round_bits
 
 
 @triton.jit
+def larger(a, b):
+    """The larger of two numbers; NaN where one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def tile_amax(tile):
-    """(C,) int32 bits of the maximum over 16 tensors."""
-    amax = bits(tile[0]) & MAGNITUDE_BITS
+    """(C,) int32 bits of the maximal magnitude over 16 fp32 tensors."""
+    amax = tl.abs(tile[0])
     for i in tl.static_range(1, 16):
-        amax = tl.maximum(amax, bits(tile[i]) & MAGNITUDE_BITS)
-    return amax
+        amax = larger(amax, tl.abs(tile[i]))
+    # Again, since a NaN may come with a sign.
+    return bits(amax) & MAGNITUDE_BITS
 
 
 @triton.jit
@@ -28,7 +35,7 @@ def _amax_kernel(
     offs_ptr,
     amax_ptr,
     rows,
-    K,
+    columns_in_all,
     num_groups,
     GROUPS: tl.constexpr,
     ROW: tl.constexpr,
@@ -37,12 +44,17 @@ def _amax_kernel(
     COL_RHT: tl.constexpr,
     ROUND: tl.constexpr,
     C: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
+    # Known when compiled, addresses and divisions cost next to nothing.
+    K = WIDTH if WHOLE else columns_in_all
+    pitch = WIDTH if WHOLE else stride
     column_blocks = tl.cdiv(K, C)
     slot_block = tl.program_id(0) // column_blocks
     columns = (tl.program_id(0) % column_blocks) * C + tl.arange(0, C)
     group, block, start, end = locate(slot_block, offs_ptr, rows, num_groups, GROUPS)
-    tile = load_tile(x_ptr, stride, start + block * 16, end, columns, K)
+    tile = load_tile(x_ptr, pitch, start + block * 16, end, columns, K, WHOLE)
     needed = group < num_groups
     if (ROW and not ROW_RHT) or (COL and not COL_RHT):
         plain = tl.max(tile_amax(tile), axis=0)
@@ -51,7 +63,7 @@ def _amax_kernel(
         if COL and not COL_RHT:
             tl.atomic_max(amax_ptr + num_groups + group, plain, mask=needed, sem="relaxed")
     if ROW_RHT or COL_RHT:
-        tile = as_bf16(tile, ROUND)
+        tile = tile_as_bf16(tile, ROUND)
     if ROW_RHT:
         amax = tl.full((C,), 0, tl.int32)
         for i in tl.static_range(16):

@@ -19,6 +19,9 @@ from .triton_unpack import _alpha_kernel, _scale_kernel, _unpack_kernel
 # 16 rows by 4 columns a thread: fewer columns load too little at a time, more spill registers.
 MAX_COLUMNS = 512
 COLUMNS_PER_WARP = 128
+# Four programs of 128 threads on a multiprocessor: fewer do not hide their loads. What is not bf16
+# does not fit.
+MAX_REGISTERS = 128
 # A fused multiply-add would round where the oracle does not.
 EXACT = {"enable_fp_fusion": False}
 
@@ -32,7 +35,7 @@ class Slots:
         rows: Rows of each group (of all, for tokens).
         columns: Columns.
         groups: E.
-        groups_bound: E rounded up to a power of two for tokens, else 0.
+        groups_bound: What the kernels call GROUPS (triton_layout.locate).
         blocks: Blocks of 16 slots.
     """
 
@@ -50,13 +53,27 @@ class Slots:
         if offs is not None:
             groups = offs.shape[0]
             blocks = padded_rows(rows, groups) // BLOCK
-            return Slots(offs, rows, columns, groups, triton.next_power_of_2(groups), blocks)
+            bound = max(2, triton.next_power_of_2(groups))
+            return Slots(offs, rows, columns, groups, bound, blocks)
         groups = experts[0] if experts else 1
-        return Slots(None, rows, columns, groups, 0, groups * triton.cdiv(rows, BLOCK))
+        blocks = groups * triton.cdiv(rows, BLOCK)
+        return Slots(None, rows, columns, groups, int(groups == 1), blocks)
 
     def tile_columns(self, most: int) -> int:
         """Columns of a tile, a power of two from 16. Results do not depend on it."""
+        if self.columns % most and self.columns % (most // 2) == 0:
+            return most // 2
         return max(BLOCK, min(most, triton.next_power_of_2(self.columns)))
+
+    def tile(self, t: torch.Tensor, columns: int) -> dict[str, int]:
+        """What a kernel that reads t (R, K) in tiles of so many columns is compiled for.
+
+        Where every tile lies in one group with all its rows and columns, the tensor's width too:
+        models have few.
+        """
+        rows = self.offs is None and self.rows % BLOCK == 0
+        whole = rows and self.columns % columns == 0 and t.stride(0) == self.columns
+        return {"C": columns, "WHOLE": whole, "WIDTH": self.columns if whole else 0}
 
 
 @dataclass(frozen=True)
@@ -138,7 +155,7 @@ def amax_triton(
             COL=cols is not None,
             COL_RHT=cols is not None and cols.rht,
             ROUND=t.dtype != torch.bfloat16,
-            C=columns,
+            **slots.tile(t, columns),
             num_warps=_warps(columns),
             **EXACT,
         )
@@ -199,9 +216,10 @@ def quantize_triton(
         GROUPS=slots.groups_bound,
         **flags,
         ROUND=t.dtype != torch.bfloat16,
-        C=columns,
+        **slots.tile(t, columns),
         PTX=ptx_level(t.device),
         num_warps=_warps(columns),
+        maxnreg=MAX_REGISTERS if t.dtype == torch.bfloat16 else None,
         **EXACT,
     )
 
@@ -244,6 +262,7 @@ def unpack_triton(
         GROUPS=slots.groups_bound,
         COLUMNS=along_rows,
         C=columns,
+        PTX=ptx_level(values.device),
         num_warps=max(1, _warps(columns) // 2),
         **EXACT,
     )

@@ -1,9 +1,11 @@
 """Where the Triton kernels' tiles lie, and how they are loaded.
 
-A tile is 16 rows of C columns, held as a tuple of 16 tensors of C elements: what runs along rows
-(the RHT, amax, packing and random bytes of an operand that contracts over tokens) is then
-elementwise, without a shuffle or a transpose, and such an operand is written as it lies, tokens
-first, which cuBLAS takes.
+A tile is 16 rows of C columns. For an operand that contracts over tokens it is held as a tuple of
+16 tensors of C elements: what runs along rows (RHT, amax, packing, random bytes) is then
+elementwise, without a shuffle or a transpose, and the operand is written as it lies, tokens first,
+which cuBLAS takes. For an operand that contracts along columns the tile is loaded once more, out of
+the L1 cache, as one flat tensor: a thread then holds half a block, and two share a block's scales
+and random words (in the tuple, four threads would each work them out).
 
 One numbering serves all inputs. Rows are cut into groups: one for a plain tensor, E of equal size
 for experts (E, N, K) seen as (E * N, K), E that end at `offs` for tokens. Each group is padded to
@@ -58,14 +60,17 @@ def locate(slot_block, offs_ptr, rows, num_groups, GROUPS: tl.constexpr):
     Args:
         slot_block: int32 scalar.
         offs_ptr: Group ends, with GROUPS > 0.
-        rows: Rows of each group, with GROUPS == 0.
+        rows: Rows of each group, with GROUPS < 2.
         num_groups: Number of groups.
-        GROUPS: num_groups rounded up to a power of two, for tokens; 0 for equal groups.
+        GROUPS: For tokens num_groups rounded up to a power of two, at least 2; 0 for equal groups;
+            1 for one group of all rows.
 
     Returns:
         Four int32 scalars; the group is num_groups or more for slots that nothing needs.
     """
-    if GROUPS == 0:
+    if GROUPS == 1:
+        return 0, slot_block, 0, rows
+    elif GROUPS == 0:
         per_group = (rows + 15) // 16
         group = slot_block // per_group
         return group, slot_block - group * per_group, group * rows, (group + 1) * rows
@@ -86,7 +91,13 @@ def below(index, limit, exists):
 
 
 @triton.jit
-def load_tile(x_ptr, stride, first_row, end, columns, K):
+def all_or(mask, WHOLE: tl.constexpr):
+    """True for every element where tiles are whole, which spares the masks; else a mask."""
+    return tl.full(mask.shape, 1, tl.int1) if WHOLE else mask
+
+
+@triton.jit
+def load_tile(x_ptr, stride, first_row, end, columns, K, WHOLE: tl.constexpr):
     """A tile as 16 fp32 tensors; zeros outside.
 
     Args:
@@ -96,23 +107,50 @@ def load_tile(x_ptr, stride, first_row, end, columns, K):
         end: End of the group's rows.
         columns: (C,) int32.
         K: Number of columns.
+        WHOLE: Whether every tile is 16 rows of columns that exist.
     """
     tile = ()
     for i in tl.static_range(16):
         row = first_row + i
         pointers = x_ptr + row.to(tl.int64) * stride + columns
-        x = tl.load(pointers, mask=below(columns, K, row < end), other=0.0)
+        inside = all_or(below(columns, K, row < end), WHOLE)
+        x = tl.load(pointers, mask=inside, other=0.0)
         tile = tile + (to_fp32(x),)
     return tile
 
 
 @triton.jit
-def as_bf16(tile, ROUND: tl.constexpr):
-    """A tile rounded to bf16, as the RHT takes it; ROUND is false where it already is."""
+def flat_index(C: tl.constexpr):
+    """Row and column in the tile of a flat tile's elements, (16 * C,) int32 each."""
+    index = tl.arange(0, 16 * C)
+    return index // C, index % C
+
+
+@triton.jit
+def load_flat(x_ptr, stride, first_row, end, column, K, C: tl.constexpr, WHOLE: tl.constexpr):
+    """A tile as (16 * C,) fp32; arguments as `load_tile`'s, `column` the tile's first."""
+    row, offset = flat_index(C)
+    pointers = x_ptr + first_row.to(tl.int64) * stride + column + (row * stride + offset)
+    inside = all_or((row < end - first_row) & (offset < K - column), WHOLE)
+    return to_fp32(tl.load(pointers, mask=inside, other=0.0))
+
+
+@triton.jit
+def as_bf16(x, ROUND: tl.constexpr):
+    """fp32 rounded to bf16, as the RHT takes it; ROUND is false where it already is."""
+    if ROUND:
+        return number(round_bits(bits(x)))
+    else:
+        return x
+
+
+@triton.jit
+def tile_as_bf16(tile, ROUND: tl.constexpr):
+    """`as_bf16` of a tuple of 16."""
     if ROUND:
         rounded = ()
         for i in tl.static_range(16):
-            rounded = rounded + (number(round_bits(bits(tile[i]))),)
+            rounded = rounded + (as_bf16(tile[i], ROUND),)
         return rounded
     else:
         return tile

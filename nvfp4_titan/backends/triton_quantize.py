@@ -5,9 +5,10 @@ Per use and element, an operand may be written as
     values   bf16 `lut[q] * S_b * 2**e`, what the emulated GEMM multiplies (triton_rounding.py)
     packed   two codes a byte, and an e4m3 scale per block
 
-and a tile is read once for all of them. Row operands (contraction along columns): values (R, Kp),
-codes (R, Kp / 2), scales (R, Kp / 16). Column operands (contraction along rows), tokens first:
-values (P, K), codes (P / 2, K), scales (P / 16, K): the transpose of the oracle's operand.
+and a tile is read from memory once for all of them. Row operands (contraction along columns):
+values (R, Kp), codes (R, Kp / 2), scales (R, Kp / 16). Column operands (contraction along rows),
+tokens first: values (P, K), codes (P / 2, K), scales (P / 16, K): the transpose of the oracle's
+operand.
 
 The bits are the oracle's (numerics/quantize.py, numerics/grouped.py) whatever C is.
 """
@@ -15,8 +16,16 @@ The bits are the oracle's (numerics/quantize.py, numerics/grouped.py) whatever C
 import triton
 import triton.language as tl
 
-from .triton_amax import tile_amax
-from .triton_layout import as_bf16, below, load_tile, locate
+from .triton_amax import larger, tile_amax
+from .triton_layout import (
+    all_or,
+    as_bf16,
+    flat_index,
+    load_flat,
+    load_tile,
+    locate,
+    tile_as_bf16,
+)
 from .triton_rounding import (
     MAGNITUDE_BITS,
     bf16_mantissa,
@@ -25,7 +34,8 @@ from .triton_rounding import (
     e2m1,
     gemm_bits,
     gemm_factor,
-    nibble,
+    gemm_factor_bits,
+    pack_codes,
     philox,
     rht_columns,
     rht_rows,
@@ -39,41 +49,43 @@ COUNTERS = ["first_row", "first_column", "row_stream", "col_stream", "key_low", 
 
 
 @triton.jit
-def spread(blocks, SIZE: tl.constexpr):
-    """(SIZE / 16,) to (SIZE,): each block's value on its 16 elements."""
-    return tl.reshape(tl.broadcast_to(blocks[:, None], (SIZE // 16, 16)), (SIZE,))
+def spread(blocks, SIZE: tl.constexpr, COUNT: tl.constexpr = 16):
+    """(SIZE / COUNT,) to (SIZE,): each value COUNT times."""
+    return tl.reshape(tl.broadcast_to(blocks[:, None], (SIZE // COUNT, COUNT)), (SIZE,))
 
 
 @triton.jit
-def amax_of_blocks(magnitude_bits, SIZE: tl.constexpr):
-    """(SIZE,) int32 to the maxima of its blocks, (SIZE / 16,)."""
-    return tl.max(tl.reshape(magnitude_bits, (SIZE // 16, 16)), axis=1)
+def amax_of_blocks(x, SIZE: tl.constexpr):
+    """(SIZE,) fp32 to the bits of its blocks' maximal magnitudes, (SIZE / 16,) int32."""
+    amax = tl.reduce(tl.reshape(tl.abs(x), (SIZE // 16, 16)), 1, larger)
+    return bits(amax) & MAGNITUDE_BITS
 
 
 @triton.jit
-def row_random(row, block, mantissas, stream, key_low, key_high, SIZE: tl.constexpr):
-    """A random byte, shifted left by 14, for each element of a row's blocks."""
-    w0, w1, w2, w3 = philox(row, block, mantissas, stream, key_low, key_high)
-    index = tl.arange(0, SIZE)
-    # The same for the four columns of a thread, as the compiler sees.
-    quarter = (index >> 2) & 3
-    first = tl.where(quarter == 0, spread(w0, SIZE), spread(w1, SIZE))
-    second = tl.where(quarter == 2, spread(w2, SIZE), spread(w3, SIZE))
-    word = tl.where(quarter < 2, first, second)
-    byte = (word >> ((index & 3) * 8).to(tl.uint32)) & 0xFF
-    return (byte << 14).to(tl.int32, bitcast=True)
+def amax_of_squares(block_amax, C: tl.constexpr):
+    """Amaxes of a flat tile's blocks, (C,) int32, to those of its 16x16 squares, likewise."""
+    squares = tl.max(tl.reshape(block_amax, (16, C // 16)), axis=0)
+    return tl.reshape(tl.broadcast_to(squares[None, :], (16, C // 16)), (C,))
 
 
 @triton.jit
-def pack_rows(nibbles, SIZE: tl.constexpr):
-    """(SIZE,) int32 nibbles to (SIZE / 2,) bytes, the even element low."""
-    low, high = tl.split(tl.reshape(nibbles, (SIZE // 2, 2)))
-    return (low | (high << 4)).to(tl.uint8)
+def words_of_elements(words, SIZE: tl.constexpr):
+    """Four words (SIZE / 16,) of each block to the word of each element, (SIZE,): four share one.
+
+    By halves of a block, which is what a thread holds.
+    """
+    w0, w1, w2, w3 = words
+    HALVES: tl.constexpr = SIZE // 8
+    upper = (tl.arange(0, HALVES) & 1) == 1
+    low = tl.where(upper, spread(w2, HALVES, 2), spread(w0, HALVES, 2))
+    high = tl.where(upper, spread(w3, HALVES, 2), spread(w1, HALVES, 2))
+    in_low = (tl.arange(0, 8) < 4)[None, :]
+    return tl.reshape(tl.where(in_low, low[:, None], high[:, None]), (SIZE,))
 
 
 @triton.jit
 def quantize_rows(
-    tile,
+    x,
     amax,
     codes_ptr,
     scale_ptr,
@@ -93,12 +105,13 @@ def quantize_rows(
     PACKED: tl.constexpr,
     VALUES: tl.constexpr,
     C: tl.constexpr,
+    WHOLE: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """Quantize a tile along its columns and store it.
 
     Args:
-        tile: Tuple of 16 (C,) fp32 tensors; with RHT holding bf16 values.
+        x: Flat tile, (16 * C,) fp32; with RHT holding bf16 values.
         amax: fp32 scalar, of the tensor that the tile belongs to.
         codes_ptr: uint8, with PACKED.
         scale_ptr: uint8, with PACKED.
@@ -118,44 +131,41 @@ def quantize_rows(
         PACKED: Write codes and scales.
         VALUES: Write values.
         C: Columns of the tile.
+        WHOLE: See triton_layout.load_tile.
         PTX: See triton_rounding.
     """
-    scales = tensor_scales(amax)
-    factor = gemm_factor(amax)
-    columns = column + tl.arange(0, C)
-    blocks = column // 16 + tl.arange(0, C // 16)
-    pairs = column // 2 + tl.arange(0, C // 2)
+    SIZE: tl.constexpr = 16 * C
     if RHT:
-        transformed = ()
-        for i in tl.static_range(16):
-            transformed = transformed + (round_bf16(rht_rows(tile[i], C), PTX),)
-        tile = transformed
+        x = round_bf16(rht_rows(x, SIZE), PTX)
+    block_amax = amax_of_blocks(x, SIZE)
     if SQUARE:
-        block_amax = amax_of_blocks(tile_amax(tile), C)
-        code, value, block_encode = block_scales(block_amax, scales, PTX)
-    for i in tl.static_range(16):
-        row = first_row + i
-        offset = row.to(tl.int64) * padded_columns
-        exists = row < end
-        if not SQUARE:
-            block_amax = amax_of_blocks(bits(tile[i]) & MAGNITUDE_BITS, C)
-            code, value, block_encode = block_scales(block_amax, scales, PTX)
-        random = 0
-        if SR:
-            mantissas = bf16_mantissa(block_amax) | (bf16_mantissa(bits(amax)) << 7)
-            block = counter_block + tl.arange(0, C // 16)
-            random = row_random(counter_row + i, block, mantissas, stream, key_low, key_high, C)
-        q, signed = e2m1(tile[i], spread(block_encode, C), random, SR, PTX)
-        if VALUES:
-            values = gemm_bits(q, signed, spread(value * factor, C))
-            inside = below(columns, padded_columns, exists)
-            tl.store(values_ptr + offset + columns, values, mask=inside)
-        if PACKED:
-            inside = below(pairs, padded_columns // 2, exists)
-            packed = pack_rows(nibble(q, signed), C)
-            tl.store(codes_ptr + offset // 2 + pairs, packed, mask=inside)
-            inside = below(blocks, padded_columns // 16, exists)
-            tl.store(scale_ptr + offset // 16 + blocks, code.to(tl.uint8), mask=inside)
+        block_amax = amax_of_squares(block_amax, C)
+    code, value, encode = block_scales(block_amax, tensor_scales(amax), PACKED, PTX)
+    row, block = flat_index(C // 16)
+    word, byte = 0, 0
+    if SR:
+        mantissas = bf16_mantissa(block_amax) | (bf16_mantissa(bits(amax)) << 7)
+        position = counter_row + row, counter_block + block
+        words = philox(*position, mantissas, stream, key_low, key_high)
+        word, byte = words_of_elements(words, SIZE), tl.arange(0, SIZE) & 3
+    lanes = e2m1(x, spread(encode, SIZE), word, byte, SR, PACKED, PTX)
+    rows = end - first_row
+    start = first_row.to(tl.int64) * padded_columns + column
+    if VALUES:
+        factor = spread(gemm_factor_bits(value, gemm_factor(amax)), SIZE)
+        row_of, column_of = flat_index(C)
+        inside = all_or((row_of < rows) & (column_of < padded_columns - column), WHOLE)
+        pointers = values_ptr + start + (row_of * padded_columns + column_of)
+        tl.store(pointers, gemm_bits(lanes, factor, PTX), mask=inside)
+    if PACKED:
+        even, odd = tl.split(tl.reshape(lanes, (SIZE // 2, 2)))
+        row_of, column_of = flat_index(C // 2)
+        inside = all_or((row_of < rows) & (column_of < (padded_columns - column) // 2), WHOLE)
+        pointers = codes_ptr + start // 2 + (row_of * (padded_columns // 2) + column_of)
+        tl.store(pointers, pack_codes(even, odd, PTX), mask=inside)
+        inside = all_or((row < rows) & (block < (padded_columns - column) // 16), WHOLE)
+        pointers = scale_ptr + start // 16 + (row * (padded_columns // 16) + block)
+        tl.store(pointers, code.to(tl.uint8), mask=inside)
 
 
 @triton.jit
@@ -179,6 +189,7 @@ def quantize_columns(
     PACKED: tl.constexpr,
     VALUES: tl.constexpr,
     C: tl.constexpr,
+    WHOLE: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """Quantize a tile along its rows and store it, tokens first; as `quantize_rows`.
@@ -189,9 +200,8 @@ def quantize_columns(
         counter_block: Block of the tile in SR counters.
         K: Number of columns.
     """
-    scales = tensor_scales(amax)
     columns = column + tl.arange(0, C)
-    inside = columns < K
+    inside = all_or(columns < K, WHOLE)
     if RHT:
         unrounded = rht_columns(tile)
         block_amax = round_bits(tile_amax(unrounded))
@@ -201,29 +211,25 @@ def quantize_columns(
     else:
         block_amax = tile_amax(tile)
     if SQUARE:
-        block_amax = spread(amax_of_blocks(block_amax, C), C)
-    code, value, block_encode = block_scales(block_amax, scales, PTX)
+        block_amax = spread(tl.max(tl.reshape(block_amax, (C // 16, 16)), axis=1), C)
+    code, value, encode = block_scales(block_amax, tensor_scales(amax), PACKED, PTX)
+    words = (0, 0, 0, 0)
     if SR:
         mantissas = bf16_mantissa(block_amax) | (bf16_mantissa(bits(amax)) << 7)
         row = counter_row + tl.arange(0, C)
         words = philox(row, counter_block, mantissas, stream, key_low, key_high)
-    scaled = value * gemm_factor(amax)
+    factor = gemm_factor_bits(value, gemm_factor(amax))
     for i in tl.static_range(16):
-        random = 0
-        if SR:
-            byte = (words[i // 4] >> (8 * (i % 4))) & 0xFF
-            random = (byte << 14).to(tl.int32, bitcast=True)
-        q, signed = e2m1(tile[i], block_encode, random, SR, PTX)
+        lanes = e2m1(tile[i], encode, words[i // 4], i % 4, SR, PACKED, PTX)
         if VALUES:
             pointers = values_ptr + (slot_block * 16 + i).to(tl.int64) * K + columns
-            tl.store(pointers, gemm_bits(q, signed, scaled), mask=inside)
+            tl.store(pointers, gemm_bits(lanes, factor, PTX), mask=inside)
         if PACKED:
             if i % 2 == 0:
-                even = nibble(q, signed)
+                even = lanes
             else:
-                packed = (even | (nibble(q, signed) << 4)).to(tl.uint8)
                 pointers = codes_ptr + (slot_block * 8 + i // 2).to(tl.int64) * K + columns
-                tl.store(pointers, packed, mask=inside)
+                tl.store(pointers, pack_codes(even, lanes, PTX), mask=inside)
     if PACKED:
         pointers = scale_ptr + slot_block.to(tl.int64) * K + columns
         tl.store(pointers, code.to(tl.uint8), mask=inside)
@@ -242,7 +248,7 @@ def _quantize_kernel(
     col_scale_ptr,
     col_values_ptr,
     rows,
-    K,
+    columns_in_all,
     num_groups,
     first_row,
     first_column,
@@ -265,21 +271,25 @@ def _quantize_kernel(
     COL_VALUES: tl.constexpr,
     ROUND: tl.constexpr,
     C: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDTH: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    # Known when compiled, addresses and divisions cost next to nothing.
+    K = WIDTH if WHOLE else columns_in_all
+    pitch = WIDTH if WHOLE else stride
     # Programs run backwards: what the amax kernel read last is still in the L2 cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     column_blocks = tl.cdiv(K, C)
     slot_block = program // column_blocks
     column = (program % column_blocks) * C
-    columns = column + tl.arange(0, C)
     group, block, start, end = locate(slot_block, offs_ptr, rows, num_groups, GROUPS)
-    tile = load_tile(x_ptr, stride, start + block * 16, end, columns, K)
     needed = group < num_groups
     if ROW:
         amax = tl.load(amax_ptr + group, mask=needed, other=0.0)
+        x = load_flat(x_ptr, pitch, start + block * 16, end, column, K, C, WHOLE)
         quantize_rows(
-            as_bf16(tile, ROUND and ROW_RHT),
+            as_bf16(x, ROUND and ROW_RHT),
             amax,
             row_codes_ptr,
             row_scale_ptr,
@@ -299,12 +309,15 @@ def _quantize_kernel(
             ROW_PACKED,
             ROW_VALUES,
             C,
+            WHOLE,
             PTX,
         )
     if COL:
         amax = tl.load(amax_ptr + num_groups + group, mask=needed, other=0.0)
+        columns = column + tl.arange(0, C)
+        tile = load_tile(x_ptr, pitch, start + block * 16, end, columns, K, WHOLE)
         quantize_columns(
-            as_bf16(tile, ROUND and COL_RHT),
+            tile_as_bf16(tile, ROUND and COL_RHT),
             amax,
             col_codes_ptr,
             col_scale_ptr,
@@ -323,5 +336,6 @@ def _quantize_kernel(
             COL_PACKED,
             COL_VALUES,
             C,
+            WHOLE,
             PTX,
         )

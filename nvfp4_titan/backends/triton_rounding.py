@@ -4,11 +4,13 @@ Every helper has a portable form (integers, additions, tl.div_rn) that runs in T
 and on any GPU. PTX, a constexpr, allows shorter forms: 0 none, 80 those of sm_80, 89 those of
 sm_89. Each is equal by definition of its instructions, as its comment says.
 
-E2M1 codes travel as `code << 22`: as the bits of an fp32 number that is the code's value times
-2**-126 (both formats keep their mantissa below their exponent, and subnormals below that). So
+E2M1 codes travel as *lanes*: int16 `sign << 15 | code << 6`, which are the bits of a bf16 number
+that is the code's value times 2**-126 (both formats keep their mantissa below their exponent, and
+subnormals below that). A GEMM operand is then one bf16 multiplication away, and two lanes fill a
+register: the PTX forms work on two elements at a time. In the same way `code << 22` are the bits of
+an fp32 number, and
 
-    value = bitcast(code << 22) * 2**126        exact, subnormals included
-    SR    = (bits(a * 2**-126 truncated) + (r << 14)) cut to the code's bits
+    SR = (bits(a * 2**-126 truncated) + (r << 14)) cut to the code's bits
 
 where the bits below the code's are the position between two grid points, in 1/2**22.
 
@@ -37,6 +39,27 @@ PHILOX_ROUNDS = tl.constexpr(7)
 # Powers of two that GEMM operands are multiplied by: below, the fp32 factor of a block overflows;
 # above, nothing is gained. See gemm_exponent.
 MIN_EXPONENT, MAX_EXPONENT = tl.constexpr(-100), tl.constexpr(-8)
+
+
+# Lanes to the nearest of two products. Adding 1.5 * 2**23 steps rounds to whole steps, ties to
+# even, whatever the sign; of 1, 2 or 4, the step is half. What became zero has lost its sign.
+_RTNE = """{.reg .f32 a<2>, m<2>, r<2>; .reg .b32 p, s, c;
+    mul.rn.f32 a0, $1, $3;  mul.rn.f32 a1, $2, $4;
+    abs.f32 m0, a0;  abs.f32 m1, a1;
+    max.f32 m0, m0, 0f3F800000;  max.f32 m1, m1, 0f3F800000;
+    and.b32 m0, m0, 0x7F800000;  and.b32 m1, m1, 0x7F800000;
+    fma.rn.f32 r0, m0, 0f4AC00000, a0;  fma.rn.f32 r1, m1, 0f4AC00000, a1;
+    fma.rn.f32 r0, m0, 0fCAC00000, r0;  fma.rn.f32 r1, m1, 0fCAC00000, r1;
+    cvt.rn.bf16x2.f32 p, r1, r0;
+    mov.b32 c, 0x40C040C0;
+    min.xorsign.abs.bf16x2 p, p, c;
+    mov.b32 c, 0x00800080;  mov.b32 s, 0x80008000;
+    fma.rn.bf16x2 p, p, c, s;
+    """
+RTNE = tl.constexpr(_RTNE + "mov.b32 $0, p;}")
+RTNE_SIGNED = tl.constexpr(
+    _RTNE + "prmt.b32 s, a0, a1, 0x7632;  lop3.b32 $0, s, p, 0x80008000, 0xE4;}"
+)
 
 
 @triton.jit
@@ -109,11 +132,16 @@ def e4m3_rtne(s, PTX: tl.constexpr):
 
 
 @triton.jit
+def e4m3_finite(code):
+    """fp32 values of e4m3 codes (int32) that are numbers."""
+    # The bits of code << 20 are the value times 2**-120, subnormals included.
+    return number(code << 20) * 1.329227995784916e36
+
+
+@triton.jit
 def e4m3_value(code):
     """fp32 values of e4m3 codes (int32); 0x7F is NaN."""
-    # The bits of code << 20 are the value times 2**-120, subnormals included.
-    value = number(code << 20) * 1.329227995784916e36
-    return tl.where(code == NAN_SCALE, float("nan"), value)
+    return tl.where(code == NAN_SCALE, float("nan"), e4m3_finite(code))
 
 
 @triton.jit
@@ -158,12 +186,14 @@ def tensor_scales(amax):
 
 
 @triton.jit
-def block_scales(amax_bits, scales, PTX: tl.constexpr):
+def block_scales(amax_bits, scales, ZEROS: tl.constexpr, PTX: tl.constexpr):
     """Scales of blocks.
 
     Args:
         amax_bits: int32, bits of the blocks' amaxes.
         scales: From `tensor_scales`.
+        ZEROS: Whether enc_b is 0 where S_b is; else it is any number, for codes that only count
+            times S_b.
         PTX: See the module.
 
     Returns:
@@ -172,11 +202,19 @@ def block_scales(amax_bits, scales, PTX: tl.constexpr):
     encode, decode, lift = scales
     scale = number(amax_bits) * (encode * (1 / 6))
     # An amax from outside may be finite where a block is not: saturating would hide it.
-    scale = tl.where(amax_bits >= EXPONENT_BITS, float("nan"), scale)
-    code = e4m3_rtne(scale, PTX)
-    value = e4m3_value(code)
+    if PTX >= 89:
+        # By arithmetic, not by comparing: integer units are what these kernels wait for.
+        scale = tl.fma(scale, 0.0, scale)
+        code = e4m3_rtne(scale, PTX)
+        value = tl.fma(scale, 0.0, e4m3_finite(code))
+    else:
+        scale = tl.where(amax_bits >= EXPONENT_BITS, float("nan"), scale)
+        code = e4m3_rtne(scale, PTX)
+        value = e4m3_value(code)
     block_encode = tl.minimum(reciprocal(value * decode, lift, PTX), FLT_MAX)
-    return code, value, tl.where(code == 0, 0.0, block_encode)
+    if ZEROS:
+        block_encode = tl.where(code == 0, 0.0, block_encode)
+    return code, value, block_encode
 
 
 @triton.jit
@@ -217,19 +255,121 @@ def e2m1_sr(a, random, PTX: tl.constexpr):
 
 
 @triton.jit
-def e2m1(x, encode, random, SR: tl.constexpr, PTX: tl.constexpr):
-    """`code << 22` of x * encode, and the bits of that product, whose sign counts."""
+def e2m1(x, encode, word, byte, SR: tl.constexpr, ZEROS: tl.constexpr, PTX: tl.constexpr):
+    """Lanes of x * encode.
+
+    Args:
+        x: fp32.
+        encode: fp32 of x's shape, encode scales.
+        word: uint32 of x's shape, random bits; read with SR.
+        byte: int32, which byte of the word is the element's, 0 to 3.
+        SR: Stochastic rounding.
+        ZEROS: Whether zeros keep their sign.
+        PTX: See the module.
+    """
+    if SR and PTX >= 89:
+        # The position in half precision: 2**-14 makes [0, 1) subnormal, so that the code's three
+        # bits and nine of the position follow each other; truncation keeps the eight that count.
+        return tl.inline_asm_elementwise(
+            """{.reg .f32 a<2>; .reg .b32 h, r, s, t;
+            mul.rn.f32 a0, $1, $3;  mul.rn.f32 a1, $2, $4;
+            mul.rn.f32 a0, a0, 0f38800000;  mul.rn.f32 a1, a1, 0f38800000;
+            cvt.rz.f16x2.f32 h, a1, a0;
+            mov.b32 t, 0x0E000E00;
+            min.xorsign.abs.f16x2 h, h, t;
+            mad.lo.u32 s, $8, 256, $7;  add.u32 s, s, 1024;
+            prmt.b32 r, $5, $6, s;  and.b32 r, r, 0x00FF00FF;
+            mad.lo.u32 h, r, 2, h;
+            shr.u32 t, h, 3;
+            lop3.b32 t, t, h, 0x01C001C0, 0xE4;
+            and.b32 $0, t, 0x81C081C0;}""",
+            "=r,f,f,f,f,r,r,r,r",
+            [x, encode, word, byte],
+            dtype=tl.int16,
+            is_pure=True,
+            pack=2,
+        )
+    if PTX >= 89:
+        return tl.inline_asm_elementwise(
+            RTNE_SIGNED if ZEROS else RTNE,
+            "=r,f,f,f,f",
+            [x, encode],
+            dtype=tl.int16,
+            is_pure=True,
+            pack=2,
+        )
     scaled = x * encode
     magnitude = tl.minimum(tl.abs(scaled), ELEMENT_MAX)
     if SR:
-        return e2m1_sr(magnitude, random, PTX), bits(scaled)
-    return e2m1_rtne(magnitude), bits(scaled)
+        random = ((word >> (byte * 8)) & 0xFF).to(tl.int32, bitcast=True) << 14
+        code = e2m1_sr(magnitude, random, PTX)
+    else:
+        code = e2m1_rtne(magnitude)
+    return ((code | (bits(scaled) & SIGN_BIT)) >> 16).to(tl.int16)
 
 
 @triton.jit
-def nibble(code, signed):
-    """E2M1 code with its sign, 0..15, from what `e2m1` returns."""
-    return ((code >> 22) & 7) | ((signed >> 28) & 8)
+def pack_codes(even, odd, PTX: tl.constexpr):
+    """Bytes (uint8) that hold two codes each, the even element's low, from lanes."""
+    if PTX >= 89:
+        return tl.inline_asm_elementwise(
+            """{.reg .b32 e<2>, o<2>, t;
+            shl.b32 e0, $1, 2;  shr.u32 t, $1, 4;  lop3.b32 e0, e0, t, 0x07000700, 0xE4;
+            shl.b32 o0, $3, 6;  lop3.b32 o0, $3, o0, 0x80008000, 0xE4;
+            lop3.b32 e0, o0, e0, 0xF000F000, 0xE4;
+            shl.b32 e1, $2, 2;  shr.u32 t, $2, 4;  lop3.b32 e1, e1, t, 0x07000700, 0xE4;
+            shl.b32 o1, $4, 6;  lop3.b32 o1, $4, o1, 0x80008000, 0xE4;
+            lop3.b32 e1, o1, e1, 0xF000F000, 0xE4;
+            prmt.b32 $0, e0, e1, 0x7531;}""",
+            "=r,r,r,r,r",
+            [even, odd],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+    low, high = even.to(tl.int32), odd.to(tl.int32)
+    low = ((low >> 6) & 7) | ((low >> 12) & 8)
+    high = ((high >> 6) & 7) | ((high >> 12) & 8)
+    return (low | (high << 4)).to(tl.uint8)
+
+
+@triton.jit
+def unpack_codes(codes, factor, PTX: tl.constexpr):
+    """GEMM operands of packed codes.
+
+    Args:
+        codes: uint8, two codes each.
+        factor: int16 of the same shape, from `gemm_factor_bits`.
+        PTX: See the module.
+
+    Returns:
+        bf16 bits (int16) of the even (low) and of the odd (high) elements.
+    """
+    if PTX >= 89:
+        return tl.inline_asm_elementwise(
+            """{.reg .b32 p, t, u, z;
+            mov.b32 z, 0x80008000;
+            prmt.b32 p, $4, 0, 0x4140;
+            shl.b32 t, p, 6;  shl.b32 u, p, 12;  lop3.b32 t, t, u, 0x01C001C0, 0xE4;
+            and.b32 t, t, 0x81C081C0;  fma.rn.bf16x2 $0, t, $5, z;
+            shl.b32 t, p, 2;  shl.b32 u, p, 8;  lop3.b32 t, t, u, 0x01C001C0, 0xE4;
+            and.b32 t, t, 0x81C081C0;  fma.rn.bf16x2 $2, t, $5, z;
+            prmt.b32 p, $4, 0, 0x4342;
+            shl.b32 t, p, 6;  shl.b32 u, p, 12;  lop3.b32 t, t, u, 0x01C001C0, 0xE4;
+            and.b32 t, t, 0x81C081C0;  fma.rn.bf16x2 $1, t, $6, z;
+            shl.b32 t, p, 2;  shl.b32 u, p, 8;  lop3.b32 t, t, u, 0x01C001C0, 0xE4;
+            and.b32 t, t, 0x81C081C0;  fma.rn.bf16x2 $3, t, $6, z;}""",
+            "=&r,=&r,=&r,=&r,r,r,r",
+            [codes, factor],
+            dtype=(tl.int16, tl.int16),
+            is_pure=True,
+            pack=4,
+        )
+    pair = codes.to(tl.int32)
+    even = ((pair & 7) << 6) | ((pair & 8) << 12)
+    odd = ((pair & 0x70) << 2) | ((pair & 0x80) << 8)
+    even, odd = even.to(tl.int16), odd.to(tl.int16)
+    return gemm_bits(even, factor, PTX), gemm_bits(odd, factor, PTX)
 
 
 @triton.jit
@@ -254,23 +394,47 @@ def gemm_exponent(amax):
 
 @triton.jit
 def gemm_factor(amax):
-    """2**(126 + e): a block's S_b times this turns `code << 22` into the GEMM operand."""
+    """2**(126 + e): a block's S_b times this turns lanes into the GEMM operand."""
     exponent, _ = gemm_exponent(amax)
     return number((253 + exponent) << 23)
 
 
 @triton.jit
-def gemm_bits(code, signed, factor):
-    """bf16 bits (int16) of a GEMM operand.
+def gemm_factor_bits(value, factor):
+    """bf16 bits (int16) of S_b (fp32) times `gemm_factor`, exact."""
+    return (bits(value * factor) >> 16).to(tl.int16)
+
+
+@triton.jit
+def gemm_bits(lanes, factor, PTX: tl.constexpr):
+    """bf16 bits (int16) of GEMM operands.
 
     Args:
-        code: `code << 22`, int32.
-        signed: int32 whose highest bit is the sign.
-        factor: fp32, S_b * gemm_factor.
+        lanes: int16.
+        factor: int16 of the same shape, from `gemm_factor_bits`.
+        PTX: See the module.
     """
-    # At most 6 significant bits: cutting the lower half off is exact.
-    value = bits(number(code) * factor) | (signed & SIGN_BIT)
-    return (value >> 16).to(tl.int16)
+    # At most 6 significant bits, and none subnormal: exact.
+    if PTX >= 89:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z;}",
+            "=r,r,r",
+            [lanes, factor],
+            dtype=tl.int16,
+            is_pure=True,
+            pack=2,
+        )
+    value = number(lanes.to(tl.int32) << 16) * number(factor.to(tl.int32) << 16)
+    return (bits(value) >> 16).to(tl.int16)
+
+
+@triton.jit
+def signed_quarter(i: tl.constexpr):
+    """The RHT's sign of element i, over the 4 that normalizes it."""
+    if (NEGATIVE >> i) & 1:
+        return -0.25
+    else:
+        return 0.25
 
 
 @triton.jit
@@ -283,13 +447,16 @@ def rht_columns(tile):
     Returns:
         Tuple of 16 fp32 tensors.
     """
+    # Signs and the quarter are exact products: a fused multiply-add rounds as the addition does.
     t = ()
-    for i in tl.static_range(16):
-        if (NEGATIVE >> i) & 1:
-            t = t + (tile[i] * -0.25,)
-        else:
-            t = t + (tile[i] * 0.25,)
-    for stage in tl.static_range(4):
+    for i in tl.static_range(0, 16, 2):
+        second = tile[i + 1] * signed_quarter(i + 1)
+        # Not `-second`, which is 0 - second and makes a zero positive.
+        t = t + (
+            tl.fma(tile[i], signed_quarter(i), second),
+            tl.fma(tile[i], signed_quarter(i), second * -1.0),
+        )
+    for stage in tl.static_range(1, 4):
         n = ()
         for i in tl.static_range(16):
             if (i >> stage) & 1:

@@ -9,13 +9,15 @@ import triton.language as tl
 
 from .triton_layout import below, locate
 from .triton_quantize import spread
-from .triton_rounding import bits, e4m3_value, gemm_bits, gemm_exponent, gemm_factor, round_bits
-
-
-@triton.jit
-def code_values(nibbles, scaled):
-    """bf16 bits (int16) of nibbles (int32), given S_b * gemm_factor."""
-    return gemm_bits((nibbles & 7) << 22, nibbles << 28, scaled)
+from .triton_rounding import (
+    bits,
+    e4m3_value,
+    gemm_exponent,
+    gemm_factor,
+    gemm_factor_bits,
+    round_bits,
+    unpack_codes,
+)
 
 
 @triton.jit
@@ -31,6 +33,7 @@ def _unpack_kernel(
     GROUPS: tl.constexpr,
     COLUMNS: tl.constexpr,
     C: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Unpack a tile of a row operand (K is its padded width), or of a column operand (COLUMNS)."""
     column_blocks = tl.cdiv(K, C)
@@ -42,13 +45,13 @@ def _unpack_kernel(
     factor = gemm_factor(tl.load(amax_ptr + group, mask=group < num_groups, other=0.0))
     if COLUMNS:
         scale = tl.load(scale_ptr + slot_block.to(tl.int64) * K + columns, mask=inside, other=0)
-        scaled = e4m3_value(scale.to(tl.int32)) * factor
+        scaled = gemm_factor_bits(e4m3_value(scale.to(tl.int32)), factor)
         for i in tl.static_range(8):
             pointers = codes_ptr + (slot_block * 8 + i).to(tl.int64) * K + columns
-            pair = tl.load(pointers, mask=inside, other=0).to(tl.int32)
+            even, odd = unpack_codes(tl.load(pointers, mask=inside, other=0), scaled, PTX)
             pointers = values_ptr + (slot_block * 16 + 2 * i).to(tl.int64) * K + columns
-            tl.store(pointers, code_values(pair, scaled), mask=inside)
-            tl.store(pointers + K, code_values(pair >> 4, scaled), mask=inside)
+            tl.store(pointers, even, mask=inside)
+            tl.store(pointers + K, odd, mask=inside)
     else:
         blocks = column // 16 + tl.arange(0, C // 16)
         pairs = column // 2 + tl.arange(0, C // 2)
@@ -58,12 +61,13 @@ def _unpack_kernel(
             exists = row < end
             pointers = scale_ptr + offset // 16 + blocks
             scale = tl.load(pointers, mask=below(blocks, K // 16, exists), other=0)
-            scaled = spread(e4m3_value(scale.to(tl.int32)) * factor, C)
+            scaled = gemm_factor_bits(e4m3_value(scale.to(tl.int32)), factor)
             pointers = codes_ptr + offset // 2 + pairs
-            pair = tl.load(pointers, mask=below(pairs, K // 2, exists), other=0).to(tl.int32)
-            nibbles = tl.reshape(tl.join(pair, pair >> 4), (C,))
+            pair = tl.load(pointers, mask=below(pairs, K // 2, exists), other=0)
+            even, odd = unpack_codes(pair, spread(scaled, C // 2, 8), PTX)
+            values = tl.reshape(tl.join(even, odd), (C,))
             pointers = values_ptr + offset + columns
-            tl.store(pointers, code_values(nibbles, scaled), mask=below(columns, K, exists))
+            tl.store(pointers, values, mask=below(columns, K, exists))
 
 
 @triton.jit

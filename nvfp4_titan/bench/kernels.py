@@ -14,6 +14,9 @@ from .timing import measure
 M = 8192
 COLUMNS = (4096, 14336)
 EXPERTS = 16
+SETS = 4
+"""Sets of tensors that a measurement goes through: none is left in the L2 cache by the one before,
+and what a kernel leaves there to be written back is charged to it."""
 USES = {
     "x": (
         launch.Use(square=False, sr=False, rht=False, packed=False, values=True),
@@ -96,34 +99,41 @@ def bench_quantize(modelopt: bool) -> list[BenchRow]:
         UnsupportedError: ModelOpt is asked for and cannot run.
     """
     fake_quant = modelopt_fake_quant() if modelopt else None
+    plain = compiled_quantize(RECIPE.fprop.left)
+    offs = torch.arange(1, EXPERTS + 1, device="cuda", dtype=torch.int32) * (M // EXPERTS)
     rows = []
     for k in COLUMNS:
-        t = torch.randn(M, k, device="cuda", dtype=torch.bfloat16)
-        target, amax = torch.empty_like(t), t.abs().amax().float()
-        plain = compiled_quantize(RECIPE.fprop.left)
-        copied = 4 * t.numel()
-        variants = {
-            "copy": Kernel(lambda target=target, t=t: target.copy_(t), copied),
-            **quantize_kernels(t, None),
-            # Two reads, one of them for the amax.
-            "peer torch.compile quantize x": Kernel(
-                lambda plain=plain, t=t: plain(t), 6 * t.numel()
-            ),
-        }
-        if fake_quant is not None:
-            run = lambda t=t, amax=amax: fake_quant(t, amax)  # noqa: E731
-            variants["peer modelopt fake quant"] = Kernel(run, copied)
-        rows += _rows("plain", variants, {"M": M, "K": k})
-        offs = torch.arange(1, EXPERTS + 1, device="cuda", dtype=torch.int32) * (M // EXPERTS)
-        grouped = {"copy": variants["copy"], **quantize_kernels(t, offs)}
-        rows += _rows(f"{EXPERTS} groups", grouped, {"M": M, "K": k})
+        tensors = [torch.randn(M, k, device="cuda", dtype=torch.bfloat16) for _ in range(SETS)]
+        peers = [_peers(t, plain, fake_quant) for t in tensors]
+        for kind, ends in (("plain", None), (f"{EXPERTS} groups", offs)):
+            sets = [
+                {**_copy(t), **quantize_kernels(t, ends), **(others if ends is None else {})}
+                for t, others in zip(tensors, peers, strict=True)
+            ]
+            rows += _rows(kind, sets, {"M": M, "K": k})
     return ratios(rows, "copy", "ratio_to_copy", lambda row: row.values["gb_per_s"])
 
 
-def _rows(kind: str, variants: dict[str, Kernel], sizes: dict[str, int]) -> list[BenchRow]:
-    times = measure({name: kernel.run for name, kernel in variants.items()})
+def _copy(t: torch.Tensor) -> dict[str, Kernel]:
+    target = torch.empty_like(t)
+    return {"copy": Kernel(lambda: target.copy_(t), 4 * t.numel())}
+
+
+def _peers(t: torch.Tensor, plain: Callable, fake_quant: Callable | None) -> dict[str, Kernel]:
+    # Two reads, one of them for the amax.
+    peers = {"peer torch.compile quantize x": Kernel(lambda: plain(t), 6 * t.numel())}
+    if fake_quant is not None:
+        amax = t.abs().amax().float()
+        peers["peer modelopt fake quant"] = Kernel(lambda: fake_quant(t, amax), 4 * t.numel())
+    return peers
+
+
+def _rows(kind: str, sets: list[dict[str, Kernel]], sizes: dict[str, int]) -> list[BenchRow]:
     case = f"{kind} {'x'.join(map(str, sizes.values()))}"
-    return [
-        BenchRow(name, case, sizes, {"ms": ms, "gb_per_s": variants[name].bytes / ms / 1e6})
-        for name, ms in times.items()
-    ]
+    runs = {name: lambda name=name: [kernels[name].run() for kernels in sets] for name in sets[0]}
+    rows = []
+    for name, ms in measure(runs).items():
+        ms /= len(sets)
+        values = {"ms": ms, "gb_per_s": sets[0][name].bytes / ms / 1e6}
+        rows.append(BenchRow(name, case, sizes, values))
+    return rows

@@ -42,7 +42,7 @@ def options(config: Path, folder: Path, steps: int, variant: str) -> list[str]:
     ]
 
 
-def read_scalars(folder: Path, name: str) -> list[float]:
+def read_scalars(folder: Path, name: str) -> dict[int, float]:
     """Values of a scalar by step, from the one TensorBoard file of a run.
 
     Raises:
@@ -55,7 +55,7 @@ def read_scalars(folder: Path, name: str) -> list[float]:
     accumulator.Reload()
     if name not in accumulator.Tags()["scalars"]:
         raise ConfigError(f"{folder} has no scalar {name!r}")
-    return [event.value for event in accumulator.Scalars(name)]
+    return {event.step: event.value for event in accumulator.Scalars(name)}
 
 
 def run(config: Path, folder: Path, steps: int, variant: str) -> dict[str, float]:
@@ -72,8 +72,8 @@ def run(config: Path, folder: Path, steps: int, variant: str) -> dict[str, float
     if done.returncode != 0:
         raise ConfigError(f"{' '.join(command)} failed, see {log}")
     return {
-        "tokens_per_s": median(read_scalars(folder, THROUGHPUT)[WARMUP_STEPS:]),
-        "peak_gib": max(read_scalars(folder, MEMORY)),
+        "tokens_per_s": median(list(read_scalars(folder, THROUGHPUT).values())[WARMUP_STEPS:]),
+        "peak_gib": max(read_scalars(folder, MEMORY).values()),
     }
 
 

@@ -44,9 +44,12 @@ def rht(t: torch.Tensor, dim: int = -1) -> torch.Tensor:
     while stride < BLOCK:
         shape = (-1, BLOCK // (2 * stride), 2, stride, inner)
         a, b = current.view(shape).unbind(2)
-        total, difference = other.view(shape).unbind(2)
-        torch.add(a, b, out=total)
-        torch.sub(a, b, out=difference)
-        current, other = other, current
+        if torch.compiler.is_compiling():  # which refuses to write into views
+            current = torch.stack((a + b, a - b), dim=2).view_as(current)
+        else:
+            total, difference = other.view(shape).unbind(2)
+            torch.add(a, b, out=total)
+            torch.sub(a, b, out=difference)
+            current, other = other, current
         stride *= 2
     return current.to(torch.bfloat16).view(rows, columns)

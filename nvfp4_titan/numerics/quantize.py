@@ -7,7 +7,7 @@ NaN or Inf in x leaves as NaN or Inf: it reaches amax, so alpha and every depend
 format without a scale per tensor, the blocks that hold it).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -47,8 +47,9 @@ class QuantizedOperand:
     codes: torch.Tensor
     block_scale: torch.Tensor
     amax: torch.Tensor | None
-    K: int = field(default=0)
-    format: BlockFormat = field(default=NVFP4)
+    K: int
+    # No default: torch 2.11's compiler cannot trace one that is a record.
+    format: BlockFormat
     values: torch.Tensor | None = None
 
     @property

@@ -45,6 +45,7 @@ class NVFP4Converter(ModelConverter):
     def convert(self, model: nn.Module) -> None:
         """Convert in place and print the report once."""
         self.report = convert_by_settings(model, self.settings)
+        check_gathers(model, self.job_config)
         track_weights(model, fp4_all_gather=self.settings.fp4_all_gather)
         if self.frees_weights:
             for module in model.modules():
@@ -109,6 +110,27 @@ def convert_by_settings(model: nn.Module, settings) -> Report:
             f"nvfp4.schedule has nothing to change: recipe {settings.recipe!r} converts no module"
         )
     return report
+
+
+def check_gathers(model: nn.Module, job_config: JobConfig) -> None:
+    """Check that what fp4_all_gather hands out can be used.
+
+    Raises:
+        ConfigError: experts whose weights torchtitan casts to bf16, in fp32 compute: codes cannot
+            be cast.
+    """
+    if not job_config.nvfp4.fp4_all_gather:
+        return
+    grouped = any(
+        isinstance(module, WrappingExperts) and getattr(module, "use_grouped_mm", False)
+        for module in model.modules()
+    )
+    if grouped and job_config.training.mixed_precision_param == "float32":
+        raise ConfigError(
+            "nvfp4.fp4_all_gather with experts needs training.mixed_precision_param = 'bfloat16' "
+            "(torchtitan casts experts to bf16, and codes cannot be cast): set that, "
+            "nvfp4.experts = false, or fp4_all_gather = false"
+        )
 
 
 def has_converted_experts(report: Report) -> bool:

@@ -1,7 +1,8 @@
 """Model flavors of ours, and what torchtitan 0.2.2's train specs leave out.
 
 Flavors are sized for convergence runs with the 2,048-token tokenizer: llama3 "150m" (139M
-parameters) and "1b", deepseek_v3 "200m" (209M).
+parameters) and "1b", deepseek_v3 "200m" (209M). "8B_8_layers" and "16B_6_layers" have the GEMMs of
+torchtitan's 8B and 16B in fewer blocks, for two GPUs.
 """
 
 from dataclasses import replace
@@ -28,6 +29,7 @@ LLAMA3_FLAVORS = {
         vocab_size=VOCAB_SIZE,
         rope_theta=500000,
     ),
+    "8B_8_layers": replace(llama3_args["8B"], n_layers=8),
 }
 
 DEEPSEEK_V3_FLAVORS = {
@@ -54,6 +56,7 @@ DEEPSEEK_V3_FLAVORS = {
         v_head_dim=64,
         mscale=0.70,
     ),
+    "16B_6_layers": replace(deepseekv3_args["16B"], n_layers=6),
 }
 
 MODELS = ("llama3", "llama4", "qwen3", "deepseek_v3", "gpt_oss")

@@ -12,6 +12,7 @@ import tomli
 import torch
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
@@ -23,7 +24,7 @@ from ..training.schedule import FormatSchedule
 from . import cpu_runtime, record
 from .checkpoints import choose_step
 from .checks import check
-from .converter import convert_by_settings, schedule, switches
+from .converter import check_gathers, convert_by_settings, schedule, switches
 from .numerics_log import NumericsLog
 from .stopping import StopRequest
 from .validate import prepare_validator
@@ -118,7 +119,8 @@ class NVFP4Trainer(Trainer):
         """As torchtitan's, in the formats of this step; stops before a NaN is saved.
 
         Raises:
-            DivergedError: the loss is NaN or infinite on a step that is logged or saved.
+            DivergedError: the loss is NaN or infinite on a step that is logged or saved, or a
+                weight on one that is saved.
         """
         for change in self.formats.before_step(self.step):
             logger.info(f"From step {change.first_step} on: {change.gemm} as in {change.recipe}")
@@ -145,11 +147,27 @@ class NVFP4Trainer(Trainer):
                 f"the loss is not finite at step {self.step}: lower optimizer.lr or raise "
                 "lr_scheduler.warmup_steps, and resume from the last checkpoint"
             )
+        # A gradient can be NaN where the loss is not: clipping then spreads it to all weights.
+        if (saves or (last and checkpoint.enable)) and not _finite(self.model_parts):
+            raise DivergedError(
+                f"weights are not finite after step {self.step}, though its loss is: lower "
+                "optimizer.lr, and resume from the last checkpoint"
+            )
         if saves:
             record.flush(self.metrics_processor)
 
     def _validates(self, step: int) -> bool:
         return self.job_config.validation.enable and self.validator.should_validate(step)
+
+
+def _finite(model_parts: list[torch.nn.Module]) -> bool:
+    """Whether this rank's parts of all weights are finite."""
+    local = (
+        p.to_local() if isinstance(p, DTensor) else p
+        for part in model_parts
+        for p in part.parameters()
+    )
+    return bool(torch.stack([p.detach().isfinite().all() for p in local]).all())
 
 
 def run(argv: list[str], trainer_class: type[NVFP4Trainer] = NVFP4Trainer) -> None:
@@ -189,6 +207,7 @@ def preflight(argv: list[str], world_size: int) -> JobConfig:
         with torch.device("meta"):
             model = spec.model_cls(args)
         convert_by_settings(model, job_config.nvfp4)
+        check_gathers(model, job_config)
         _schedule(job_config, [model])
     return job_config
 

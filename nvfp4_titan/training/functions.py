@@ -17,6 +17,9 @@ What backward keeps of x, for wgrad, and of w, for dgrad:
     is quantized                                    its own operand               0.56, MXFP8 1.03
     is in high precision                            the original                  2, no copy
 
+(A backend that multiplies bf16 values keeps those of w, 2 bytes an element, in place of codes that
+it would unpack again.)
+
 Of w nothing is kept where FSDP gathers it again for backward: with `requantize` the weight itself
 is saved, whose storage FSDP frees in between, and quantized a second time. A weight that FSDP
 gathers in codes (`GatheredWeight`) is its own operand.
@@ -128,9 +131,9 @@ class QuantizedGemm(torch.autograd.Function):
         w_kept = (w_rows if later or shared else w_cols or weight) if need_dx else None
         ctx.gathered = isinstance(weight, GatheredWeight)
         if ctx.gathered and need_dx:
-            w_tensors = weight.codes, weight.scale, weight.amax
+            w_tensors = weight.codes, weight.scale, weight.amax, None
         elif ctx.requantize:
-            w_tensors = w, w_amax, None
+            w_tensors = w, None, w_amax, None
         else:
             w_tensors = _tensors(w_kept)
         ctx.save_for_backward(offs, key, *_tensors(x_kept), *w_tensors)
@@ -151,8 +154,8 @@ class QuantizedGemm(torch.autograd.Function):
         _, k, _ = ctx.shape
         x_dtype, w_dtype = ctx.dtypes
         offs, key, *kept = ctx.saved_tensors
-        x = _backward_operand(ctx, "wgrad", kept[:3], key, offs)
-        w = _backward_operand(ctx, "dgrad", kept[3:], key, offs)
+        x = _backward_operand(ctx, "wgrad", kept[:4], key, offs)
+        w = _backward_operand(ctx, "dgrad", kept[4:], key, offs)
         dy = dy.contiguous()
         dy_rows, dy_cols = _quantize(
             backend,
@@ -215,10 +218,10 @@ def _kept_weight(ctx, tensors: list[torch.Tensor | None], key: torch.Tensor | No
     if tensors[0] is None:
         return None
     if ctx.gathered:
-        return gathered_operand(*tensors, k, recipe.fprop.right, w_dtype)
+        return gathered_operand(*tensors[:3], k, recipe.fprop.right, w_dtype)
     of_fprop = recipe.shares_weight_codes or recipe.dequantized
     if ctx.requantize:
-        w, amax, _ = tensors
+        w, _, amax, _ = tensors
         name = "fprop" if of_fprop else "dgrad"
         again = use(recipe, name, "right", kept=recipe.dequantized, now=True)
         if again.format.rounding == "rtne":
@@ -236,7 +239,8 @@ def _kept_weight(ctx, tensors: list[torch.Tensor | None], key: torch.Tensor | No
 def _forward_weight_uses(recipe: Recipe, keep: bool) -> tuple[OperandUse | None, OperandUse | None]:
     """Uses of w along K and along N in the forward pass; keep: for backward, too."""
     own = not (recipe.shares_weight_codes or recipe.dequantized)
-    rows = use(recipe, "fprop", "right", kept=keep and not own, now=True)
+    # The same codes are multiplied again in dgrad: its values are kept, if any.
+    rows = use(recipe, "fprop", "right", kept=keep and recipe.dequantized, now=True)
     return rows, use(recipe, "dgrad", "right", kept=True) if keep and own else None
 
 
@@ -293,13 +297,16 @@ def _quantize(
 
 
 def _tensors(kept: Kept) -> tuple[torch.Tensor | None, ...]:
+    """What to save of it: codes, scales and amax, or values and amax."""
     if isinstance(kept, QuantizedOperand):
-        return kept.codes, kept.block_scale, kept.amax
-    return kept, None, None
+        packed = kept.codes.numel() > 0
+        return kept.codes, kept.block_scale, kept.amax, None if packed else kept.values
+    return kept, None, None, None
 
 
 def _kept(tensors: list[torch.Tensor | None], use: OperandUse | None, size: int) -> Kept:
     """Inverse of `_tensors`; `use` says how an operand was quantized, None that it was not."""
     if tensors[0] is None or use is None:
         return tensors[0]
-    return QuantizedOperand(*tensors, size, use.format.format)
+    codes, scale, amax, values = tensors
+    return QuantizedOperand(codes, scale, amax, size, use.format.format, values)

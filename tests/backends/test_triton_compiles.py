@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nvfp4_titan.backends import triton_grouped_gemm, triton_unpack
+from nvfp4_titan.backends import triton_grouped_gemm, triton_launch, triton_unpack
 from nvfp4_titan.backends.triton_amax import _amax_kernel
 from nvfp4_titan.backends.triton_quantize import _quantize_kernel
 from nvfp4_titan.backends.triton_unpack import _unpack_kernel
@@ -29,9 +29,13 @@ LEVELS = {80: 80, 90: 89, 100: 89}
 WARPS = {"alpha": 1}  # 4 for others
 
 
+# Whole tiles or not, by whether there are groups.
+WIDTH = ({"WHOLE": True, "WIDTH": 4096}, {"WHOLE": False, "WIDTH": 0})
+
+
 def quantize(rows="", cols="", groups=0, dtype="bf16"):
     """Constants of the quantize kernel for uses such as "sr rht values"."""
-    constants = {"GROUPS": groups, "ROUND": dtype != "bf16", "C": 512}
+    constants = {"GROUPS": groups or 1, "ROUND": dtype != "bf16", "C": 512, **WIDTH[bool(groups)]}
     for name, use in (("ROW", rows), ("COL", cols)):
         constants[name] = bool(use)
         for field in ("square", "sr", "rht", "packed", "values"):
@@ -40,10 +44,10 @@ def quantize(rows="", cols="", groups=0, dtype="bf16"):
 
 
 # Kernel, dtype of its input, constants, most registers on sm_90 (spills are never allowed).
-AMAX = {"GROUPS": 0, "ROW": True, "ROW_RHT": False, "COL": True, "COL_RHT": True, "ROUND": False}
+AMAX = {"GROUPS": 1, "ROW": True, "ROW_RHT": False, "COL": True, "COL_RHT": True, "ROUND": False}
 CASES = {
-    "amax": (_amax_kernel, "bf16", {**AMAX, "C": 512}, 96),
-    "amax of groups": (_amax_kernel, "bf16", {**AMAX, "GROUPS": 16, "C": 512}, 96),
+    "amax": (_amax_kernel, "bf16", {**AMAX, "C": 512, **WIDTH[False]}, 96),
+    "amax of groups": (_amax_kernel, "bf16", {**AMAX, "GROUPS": 16, "C": 512, **WIDTH[True]}, 96),
     "x": (_quantize_kernel, "bf16", quantize("values", "rht packed"), 128),
     "dy": (_quantize_kernel, "bf16", quantize("sr values", "sr rht values"), 168),
     "w": (_quantize_kernel, "bf16", quantize("square values packed"), 168),
@@ -69,6 +73,7 @@ DIVISIBLE = (
     "rows",
     "columns",
     "inner",
+    "columns_in_all",
     "N",
     "K",
 )
@@ -92,6 +97,8 @@ def compiled(case, arch):
     """A kernel compiled as it is launched."""
     kernel, dtype, constants, _ = CASES[case]
     options = {"enable_fp_fusion": False, "num_warps": WARPS.get(case, 4)}
+    if kernel is _quantize_kernel and dtype == "bf16":
+        options["maxnreg"] = triton_launch.MAX_REGISTERS
     if case.startswith("grouped"):
         tile = asdict(triton_grouped_gemm.HOPPER if arch >= 90 else triton_grouped_gemm.AMPERE)
         constants = {**constants, **tile, "GROUPS": 16}
@@ -99,7 +106,7 @@ def compiled(case, arch):
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     if "PTX" in kernel.arg_names:
         constants["PTX"] = LEVELS[arch]
-    if constants.get("GROUPS") == 0:
+    if constants.get("GROUPS") in (0, 1):
         constants["offs_ptr"] = None
     unused = [n for n in ("row", "col") if constants.get(n.upper()) is False]
     constants |= {f"{n}_{part}_ptr": None for n in unused for part in ("codes", "scale", "values")}

@@ -1,5 +1,7 @@
 """The Triton backend on a GPU: the oracle's bits, GEMMs within a rounding, nothing that waits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from backend_checks import (
@@ -19,7 +21,7 @@ from support import TOLERANCES, relative_error, same_operand
 
 from nvfp4_titan import RECIPES
 from nvfp4_titan.backends import BACKENDS, cublas, resolve, stream
-from nvfp4_titan.numerics import dequantize
+from nvfp4_titan.numerics import QuantizedOperand, dequantize
 from nvfp4_titan.numerics.quantize import global_scale
 from nvfp4_titan.recipe import OperandFormat
 from nvfp4_titan.training import NVFP4Linear, grouped_mm, linear
@@ -116,7 +118,7 @@ def test_gemm_against_float64(shape, gemm, packed):
     a, b = pairs
     exact = [dequantize_double(o, slots=16 * -(-m // 16) if side else None) for o in pairs]
     if packed:
-        a, b = (type(o)(o.codes, o.block_scale, o.amax, o.K) for o in (a, b))
+        a, b = (replace(o, values=None) for o in (a, b))
     for dtype, tolerance in ((torch.bfloat16, BF16), (torch.float32, 1e-5), (torch.float16, 1e-3)):
         if gemm == "wgrad":
             result, expected = TRITON.wgrad(a, b, dtype), exact[0] @ exact[1].T
@@ -131,7 +133,7 @@ def dequantize_double(operand, slots=None):
     """x_hat in float64, with the padding of tokens where `slots` says how many."""
     K = operand.K if slots is None else slots
     packed = (operand.codes.contiguous(), operand.block_scale.contiguous())
-    unit = type(operand)(*packed, torch.full_like(operand.amax, 2688.0), K)
+    unit = QuantizedOperand(*packed, torch.full_like(operand.amax, 2688.0), K, operand.format)
     return dequantize(unit).double() * global_scale(operand.amax).double()
 
 

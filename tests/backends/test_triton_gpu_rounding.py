@@ -25,6 +25,8 @@ def _kernel(
 ):
     index = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     x = tl.load(x_ptr + index)
+    word = tl.load(random_ptr + index).to(tl.uint32, bitcast=True)
+    one = tl.full((SIZE,), 1.0, tl.float32)
     for form in tl.static_range(2):
         if WHAT == "bf16":
             result = kernels.bits(kernels.round_bf16(x, PTX * form))
@@ -32,14 +34,29 @@ def _kernel(
             result = kernels.e4m3_rtne(x, PTX * form)
         elif WHAT == "reciprocal":
             result = kernels.bits(kernels.reciprocal(x, 1.0, PTX * form))
+        elif WHAT == "pack":
+            lanes = (x.to(tl.int32, bitcast=True) & 0x81C0).to(tl.int16)
+            other = (word & 0x81C0).to(tl.int16)
+            result = kernels.pack_codes(lanes, other, PTX * form).to(tl.int32)
+        elif WHAT == "unpack":
+            # Sum of different shares of both: one differing bit shows.
+            factor = kernels.gemm_factor_bits(one * 1.625, 1024.0)
+            codes = (word & 0xFF).to(tl.uint8)
+            even, odd = kernels.unpack_codes(codes, factor, PTX * form)
+            result = even.to(tl.int32) * 65599 + odd.to(tl.int32)
         else:
-            result = kernels.e2m1_sr(x, tl.load(random_ptr + index) << 14, PTX * form)
+            lanes = kernels.e2m1(
+                x, one, word, index & 3, WHAT == "sr", WHAT != "rtne of values", PTX * form
+            )
+            result = lanes.to(tl.int32)
+            if WHAT == "rtne of values":
+                result = tl.where(result & 0x7FFF == 0, 0, result)
         tl.store(forms_ptr + form * count + index, result)
 
 
 def differing(what: str, x: torch.Tensor) -> int:
     """Numbers whose PTX and portable results differ; x: fp32, a multiple of SIZE."""
-    random = torch.randint(0, 256, x.shape, dtype=torch.int32, device="cuda")
+    random = torch.randint(-(2**31), 2**31, x.shape, dtype=torch.int64, device="cuda").int()
     forms = torch.empty((2, x.numel()), dtype=torch.int32, device="cuda")
     level = triton_launch.ptx_level(x.device)
     _kernel[(x.numel() // SIZE,)](
@@ -73,11 +90,19 @@ def test_e4m3_of_every_number():
     assert differing("e4m3", special.repeat(SIZE)) == 0
 
 
-def test_stochastic_rounding_of_every_number():
-    assert differing("sr", torch.zeros(SIZE, device="cuda")) == 0
-    for exponent in (*range(-16, 2), -126, -140):
-        assert differing("sr", numbers(bits(2.0**exponent), bits(2.0 ** (exponent + 1)))) == 0
-    assert differing("sr", numbers(bits(4.0), bits(6.0) + 1)) == 0
+@pytest.mark.parametrize("what", ["rtne", "rtne of values", "sr"])
+def test_e2m1_of_every_number(what):
+    for sign in (1, -1):
+        assert differing(what, sign * torch.zeros(SIZE, device="cuda")) == 0
+        for exponent in (*range(-16, 4), 20, -126, -140):
+            x = numbers(bits(2.0**exponent), bits(2.0 ** (exponent + 1)))
+            assert differing(what, sign * x) == 0
+
+
+@pytest.mark.parametrize("what", ["pack", "unpack"])
+def test_codes(what):
+    x = torch.randint(-(2**31), 2**31, (1 << 20,), device="cuda", dtype=torch.int64).int()
+    assert differing(what, x.view(torch.float32)) == 0
 
 
 def test_bf16_of_many_numbers():

@@ -129,6 +129,6 @@ def test_scalars_of_a_run(tmp_path):
     with SummaryWriter(tmp_path / "tb" / "x") as writer:
         for step, value in enumerate((1.0, 2.0)):
             writer.add_scalar(training.THROUGHPUT, value, step)
-    assert training.read_scalars(tmp_path, training.THROUGHPUT) == [1, 2]
+    assert training.read_scalars(tmp_path, training.THROUGHPUT) == {0: 1, 1: 2}
     with pytest.raises(ConfigError, match="no scalar"):
         training.read_scalars(tmp_path, training.MEMORY)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ranks import DEVICES, spawn
 from test_tensor_parallel import STYLES, WORLD
-from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -20,12 +20,12 @@ CASES = {name: recipe for name, recipe in RECIPES.items() if recipe.quantized}
 CASES["nvfp4_single"] = RECIPES["nvfp4"].switched(tensor_scale=False)
 
 
-def inputs():
+def inputs(device):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 64, generator=generator)
     w = torch.randn(128, 64, generator=generator) * torch.logspace(-2, 0, 64)
     dy = torch.randn(64, 128, generator=generator) * torch.logspace(0, -2, 128)
-    return x, w, dy
+    return x.to(device), w.to(device), dy.to(device)
 
 
 def recording():
@@ -45,10 +45,10 @@ def recording():
     return replace(reference, quantize=quantize, amax=amax), made, amaxes
 
 
-def run(recipe, place=lambda t, dim: t, style="none"):
+def run(recipe, device="cpu", place=lambda t, dim: t, style="none"):
     """Operands, results and reduced formats of one linear."""
     x_dim, w_dim, _ = STYLES[style]
-    x, w, dy = inputs()
+    x, w, dy = inputs(device)
     x, w = place(x, x_dim).requires_grad_(), place(w, w_dim).requires_grad_()
     backend, made, amaxes = recording()
     y = linear(x, w, recipe=recipe, backend=backend, key=key_tensor(3, "wq"))
@@ -57,12 +57,8 @@ def run(recipe, place=lambda t, dim: t, style="none"):
     return made, [t.detach() for t in (y, x.grad, w.grad)], amaxes
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
-    )
-    mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tp",))
+def all_runs(rank, device):
+    mesh = init_device_mesh(device.type, (WORLD,), mesh_dim_names=("tp",))
 
     def place(t, dim):
         placement = Replicate() if dim is None else Shard(dim % t.dim())
@@ -71,17 +67,14 @@ def worker(rank, folder):
     found = {}
     for style in STYLES:
         for name, recipe in CASES.items():
-            made, results, amaxes = run(recipe, place, style)
+            made, results, amaxes = run(recipe, device, place, style)
             found[style, name] = made, [t.full_tensor() for t in results], amaxes
-    torch.save(found, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    return found
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+@pytest.fixture(scope="module", params=DEVICES)
+def ranks(request, tmp_path_factory):
+    return spawn(all_runs, request.param, WORLD, tmp_path_factory.mktemp("ranks"))
 
 
 def quantized_tensors(recipe) -> list[str]:

@@ -4,12 +4,10 @@ Losses cannot see a missing amax reduction or noise tied to a rank; codes and sc
 records what the backend made of its shards; the test compares that with the whole.
 """
 
-import os
-
 import pytest
 import torch
+from ranks import DEVICES, spawn
 from support import recording
-from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -26,23 +24,23 @@ STYLES = {
 }
 
 
-def inputs():
+def inputs(device="cpu"):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 24, 64, generator=generator)
     w = torch.randn(96, 64, generator=generator) * torch.logspace(-2, 0, 64)
     dy = torch.randn(2, 24, 96, generator=generator) * torch.logspace(0, -2, 96)
-    return x, w, dy
+    return x.to(device), w.to(device), dy.to(device)
 
 
-def run(style, fault, folder, rank):
+def run(rank, device, style, fault):
     x_dim, w_dim, _ = STYLES[style]
-    mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tp",))
+    mesh = init_device_mesh(device.type, (WORLD,), mesh_dim_names=("tp",))
 
     def place(t, dim):
         placement = Replicate() if dim is None else Shard(dim % t.dim())
         return distribute_tensor(t, mesh, [placement]).requires_grad_()
 
-    x, w, dy = inputs()
+    x, w, dy = inputs(device)
     x, w = place(x, x_dim), place(w, w_dim)
     backend, made = recording(fault)
     y = linear(x, w, backend=backend, key=key_tensor(3, "wq"))
@@ -50,17 +48,17 @@ def run(style, fault, folder, rank):
     y.redistribute(placements=[Replicate()] if style == "rowwise" else y.placements).backward(
         place(dy, dy_dim).detach()
     )
-    results = [t.full_tensor() for t in (y, x.grad, w.grad)]
-    torch.save((made, [t.detach() for t in results]), f"{folder}/{rank}.pt")
+    found = list(made), [t.full_tensor().detach() for t in (y, x.grad, w.grad)]
     if fault is None:
         check_compiled(x, w, y)
     if style == "colwise" and fault is None:
         uneven = linear(x, place(w.full_tensor().detach()[:33], 0), backend=backend)
         assert uneven.full_tensor().shape == (2, 24, 33)
         with pytest.raises(UnsupportedError, match="ColwiseParallel"):
-            linear(place(inputs()[0], 0), w, backend=backend)
+            linear(place(inputs(device)[0], 0), w, backend=backend)
         with pytest.raises(UnsupportedError, match="parallelize the module"):
-            linear(inputs()[0], w, backend=backend)
+            linear(inputs(device)[0], w, backend=backend)
+    return found
 
 
 def check_compiled(x, w, y):
@@ -79,18 +77,8 @@ def check_compiled(x, w, y):
     assert x.grad.to_local().isfinite().all() and w.grad.to_local().isfinite().all()
 
 
-def worker(rank, style, fault, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
-    )
-    run(style, fault, folder, rank)
-    distributed.destroy_process_group()
-
-
 def whole():
-    """Operands and results of one device."""
+    """Operands and results of one process on a CPU."""
     x, w, dy = inputs()
     x, w = x.requires_grad_(), w.requires_grad_()
     backend, made = recording()
@@ -119,28 +107,25 @@ def mismatches(made, expected, style, rank):
     return wrong
 
 
-def spawn(style, fault, folder):
-    multiprocessing.spawn(worker, (style, fault, str(folder)), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
-
-
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("style", STYLES)
-def test_operands_are_those_of_one_device(style, tmp_path):
+def test_operands_are_those_of_one_device(style, device, tmp_path):
     expected_made, expected = whole()
-    for rank, (made, results) in enumerate(spawn(style, None, tmp_path)):
+    for rank, (made, results) in enumerate(spawn(run, device, WORLD, tmp_path, style, None)):
         assert mismatches(made, expected_made, style, rank) == []
         for actual, wanted in zip(results, expected, strict=True):
             assert (actual - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("fault", "seen"), [("no reduction", "w rows amax"), ("noise tied to a rank", "dy rows codes")]
 )
-def test_faults_are_seen(fault, seen, tmp_path):
+def test_faults_are_seen(fault, seen, device, tmp_path):
     expected_made, _ = whole()
     wrong = [
         name
-        for rank, (made, _) in enumerate(spawn("colwise", fault, tmp_path))
+        for rank, (made, _) in enumerate(spawn(run, device, WORLD, tmp_path, "colwise", fault))
         for name in mismatches(made, expected_made, "colwise", rank)
     ]
     assert seen in wrong

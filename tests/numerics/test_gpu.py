@@ -23,7 +23,7 @@ VARIANTS = [
 
 def to_cpu(operand: QuantizedOperand) -> QuantizedOperand:
     fields = (operand.codes, operand.block_scale, operand.amax)
-    return QuantizedOperand(*(t.cpu() for t in fields), operand.K)
+    return QuantizedOperand(*(t.cpu() for t in fields), operand.K, operand.format)
 
 
 @settings(max_examples=100, deadline=None)

@@ -2,16 +2,18 @@
 
 Each rank records what the backend made of its shards; the test compares that with the whole, expert
 by expert. Tokens are fed so that every expert sees the same ones in the same order.
-"""
 
-from functools import cache
+On GPUs a GEMM of another size may sum in another order, so there operands that come out of GEMMs
+need only agree but for a few roundings.
+"""
 
 import pytest
 import torch
+from ranks import DEVICES, on_devices, spawn
 from support import recording
-from torch import distributed, multiprocessing
 from torch.distributed import _functional_collectives as funcol
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from nvfp4_titan.titan import cpu_runtime
 
@@ -23,6 +25,8 @@ DIM, HIDDEN, EXPERTS = 64, 96, 4
 # Tokens per expert of each of two data ranks; one expert gets none.
 COUNTS = ((5, 0, 40, 17), (12, 0, 3, 33))
 STYLES = {"tp": (1, 2), "ep": (2, 1), "ep_etp": (2, 2)}  # EP and TP degrees
+FED = {("w1", "x"), ("w3", "x"), ("w2", "dy")} | {(f"w{i}", "w") for i in (1, 2, 3)}
+"""What no GEMM comes before."""
 
 
 def inputs():
@@ -36,7 +40,7 @@ def inputs():
     return [(draw(counts), draw(counts).flip(1)) for counts in COUNTS]
 
 
-def experts(fault=None):
+def experts(device, fault=None):
     """torchtitan's experts, converted, with a recorder at each weight; and the recordings."""
     from torchtitan.models.moe.moe import GroupedExperts
     from torchtitan.models.moe.utils import set_token_group_alignment_size_m
@@ -50,6 +54,7 @@ def experts(fault=None):
     with torch.no_grad():
         for weight in module.parameters():
             weight.normal_().mul_(torch.logspace(-2, 0, weight.shape[-1]))
+    module.to(device)
     recipe, made = RECIPES["nvfp4"], {}
     recipes = dict.fromkeys(("w1", "w2", "w3"), recipe)
     convert_experts(module, recipes, {recipe: None}, "moe.experts", 3)
@@ -59,35 +64,38 @@ def experts(fault=None):
     return module, made
 
 
-def worker(rank, style, fault, folder):
+def run(rank, device, style, fault):
+    """What one rank saw; and, from the first, what one process sees."""
     from torchtitan.distributed.expert_parallel import (
         ExpertParallel,
         ExpertTensorParallel,
         TensorParallel,
     )
 
-    torch.set_num_threads(1)
     ep, tp = STYLES[style]
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ep * tp
-    )
+    one = whole(device) if rank == 0 else None
     names = {"tp": ("tp",), "ep": ("ep",), "ep_etp": ("ep", "etp")}[style]
     sizes = tuple(size for size in (ep, tp) if size > 1)
-    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
-    module, made = experts(fault)
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    module, made = experts(device, fault)
     plan = {"tp": TensorParallel, "ep": ExpertParallel, "ep_etp": ExpertTensorParallel}[style]()
     module = plan._apply(module, mesh)
     if ep == 1:
         counts, x, dy = whole_inputs()
     else:
         (x, dy), counts = inputs()[rank // tp], torch.tensor(COUNTS[rank // tp])
-    x.requires_grad_()
-    y = module(x, counts)
-    y.backward(dy)
+    results = forward_backward(module, x, counts, dy, device)
+    return made, results, one
+
+
+def forward_backward(module, x, counts, dy, device):
+    """Outputs, gradients of the tokens, and whole gradients of the weights."""
+    x = x.to(device).requires_grad_()
+    y = module(x, counts.to(device))
+    y.backward(dy.to(device))
     y, dx = (funcol.wait_tensor(t.detach()) for t in (y, x.grad))
-    results = y, dx, {n: p.grad.full_tensor() for n, p in module.named_parameters()}
-    torch.save((made, results), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    grads = {n: p.grad for n, p in module.named_parameters()}
+    return y, dx, {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
 
 
 def whole_inputs():
@@ -104,17 +112,11 @@ def whole_inputs():
     return counts.sum(0), x, dy
 
 
-@cache
-def whole():
+def whole(device):
     """Operands and results of one process."""
-    module, made = experts()
+    module, made = experts(device)
     counts, x, dy = whole_inputs()
-    x.requires_grad_()
-    # A test that ran a compiled MoE in this process leaves torchtitan's function compiled.
-    with torch.compiler.set_stance("force_eager"):
-        y = module(x, counts)
-        y.backward(dy)
-    return made, (y.detach(), x.grad, {n: p.grad for n, p in module.named_parameters()})
+    return made, forward_backward(module, x, counts, dy, device)
 
 
 def padded(counts):
@@ -131,14 +133,23 @@ def split_tokens(side, tensors, sizes):
     return [(codes[:, a // 2 : b // 2], scale[:, a // 16 : b // 16], m) for a, b, m in spans]
 
 
-def mismatches(made, style, rank):
+def same(a, b, exact):
+    """Whether two tensors of codes, scales or amaxes agree."""
+    if exact:
+        return torch.equal(a, b)
+    if a.is_floating_point() and a.dtype.itemsize == 4:  # an amax
+        return bool((a - b).abs() <= 1e-2 * b.abs())
+    return a.shape == b.shape and (a != b).float().mean() <= 0.03
+
+
+def mismatches(made, expected, style, rank, device):
     """Operands of one rank whose codes, scales or amax are not the whole's part."""
     ep, tp = STYLES[style]
     ep_rank, tp_rank = divmod(rank, tp)
     mine = range(ep_rank * EXPERTS // ep, (ep_rank + 1) * EXPERTS // ep)
     sizes = padded(torch.tensor(COUNTS).sum(0).tolist())
     wrong = []
-    for weight, operands in whole()[0].items():
+    for weight, operands in expected.items():
         # Dims of (rows, contraction) that TP shards, in the row use.
         cut = {"x": 1, "w": 1, "dy": None} if weight == "w2" else {"x": None, "w": 0, "dy": 1}
         for (name, *ours), (_, *theirs) in zip(made[weight], operands, strict=True):
@@ -157,25 +168,33 @@ def mismatches(made, style, rank):
                     ):
                         if dim is not None and field != "amax" and tp > 1:
                             b = b.chunk(tp, dim)[tp_rank]
-                        if not torch.equal(a, b):
+                        if not same(a, b, device == "cpu" or (weight, name) in FED):
                             wrong.append(f"{weight} {name} {side} {field} of expert {e}")
     return wrong
 
 
-def spawn(style, fault, folder):
+def run_ranks(style, device, folder, fault=None):
+    """What each rank saw, what one process saw, and the mismatches."""
     ep, tp = STYLES[style]
-    multiprocessing.spawn(worker, (style, fault, str(folder)), nprocs=ep * tp)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(ep * tp)]
+    ranks = spawn(run, device, ep * tp, folder, style, fault)
+    expected, results = ranks[0][2]
+    wrong = [
+        name
+        for rank, (made, _, _) in enumerate(ranks)
+        for name in mismatches(made, expected, style, rank, device)
+    ]
+    return [found for _, found, _ in ranks], results, wrong
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_operands_are_those_of_one_process(style, tmp_path):
-    _, (y, dx, grads) = whole()
+@pytest.mark.parametrize(
+    ("style", "device"), on_devices({name: ep * tp for name, (ep, tp) in STYLES.items()})
+)
+def test_operands_are_those_of_one_process(style, device, tmp_path):
     ep, tp = STYLES[style]
-    ranks = spawn(style, None, tmp_path)
-    assert [name for r, (made, _) in enumerate(ranks) for name in mismatches(made, style, r)] == []
+    ranks, (y, _, grads), wrong = run_ranks(style, device, tmp_path)
+    assert wrong == []
     # TP leaves partial sums in y; EP returns the tokens to the ranks that sent them.
-    outputs = [sum(ranks[e * tp + t][1][0].float() for t in range(tp)) for e in range(ep)]
+    outputs = [sum(ranks[e * tp + t][0].float() for t in range(tp)) for e in range(ep)]
     gathered = torch.cat(outputs)
     if ep == 1:
         assert (gathered - y).norm() <= 1e-2 * y.norm()  # bf16 partial sums
@@ -184,15 +203,17 @@ def test_operands_are_those_of_one_process(style, tmp_path):
         order = torch.cat(expert).argsort(stable=True)
         expected = torch.empty_like(y).index_copy_(0, order, y)
         # Without TP no sum is split.
-        assert (gathered - expected).norm() <= (0 if tp == 1 else 1e-2) * expected.norm()
-    for _, (_, _, rank_grads) in ranks:
+        limit = 0 if tp == 1 and device == "cpu" else 1e-2
+        assert (gathered - expected).norm() <= limit * expected.norm()
+    for _, _, rank_grads in ranks:
         for name, grad in rank_grads.items():
-            if tp == 1:
+            if tp == 1 and device == "cpu":
                 assert torch.equal(grad, grads[name])
             else:
                 assert (grad - grads[name]).norm() <= 1e-2 * grads[name].norm()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("fault", "seen"),
     [
@@ -201,6 +222,5 @@ def test_operands_are_those_of_one_process(style, tmp_path):
         ("noise tied to a rank", "w3 dy rows codes of expert 2"),
     ],
 )
-def test_faults_are_seen(fault, seen, tmp_path):
-    ranks = spawn("tp", fault, tmp_path)
-    assert seen in [name for r, (made, _) in enumerate(ranks) for name in mismatches(made, "tp", r)]
+def test_faults_are_seen(fault, seen, device, tmp_path):
+    assert seen in run_ranks("tp", device, tmp_path, fault)[2]

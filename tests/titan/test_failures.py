@@ -27,8 +27,7 @@ KILLED_AT = (2, 5, 8)
 
 def environment(**extra):
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    paths = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
-    return inherited | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | extra
+    return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
 
 
 @pytest.mark.slow
@@ -42,7 +41,7 @@ def test_a_killed_job_resumes_bit_for_bit(tmp_path):
             str(ROOT / "scripts" / "multinode.sh"),
             *OPTIONS,
             f"--job.dump_folder={tmp_path}/killed",
-            "--experimental.custom_import=fail_at",
+            "--experimental.custom_import=nvfp4_titan.titan.fail_at",
         ],
         env=environment(
             FAIL_AT=",".join(["signal", *map(str, KILLED_AT)]),
@@ -71,7 +70,8 @@ def test_nothing_hangs_when_one_rank_raises(tmp_path):
     done = subprocess.run(
         [
             sys.executable, "-m", "nvfp4_titan.train", *OPTIONS,
-            "--parallelism.tensor_parallel_degree=2", "--experimental.custom_import=fail_at",
+            "--parallelism.tensor_parallel_degree=2",
+            "--experimental.custom_import=nvfp4_titan.titan.fail_at",
             f"--job.dump_folder={tmp_path}",
         ],
         env=environment(NGPU="2", FAIL_AT="raise,2", LOG_RANK="0,1"),
@@ -86,21 +86,28 @@ def test_nothing_hangs_when_one_rank_raises(tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes(tmp_path):
-    """Two agents that meet at one address: FSDP over two nodes of one process each."""
+    """Two agents that meet at one address: FSDP over two nodes of one process each.
+
+    The worker of one is killed: both agents restart theirs, and the job resumes.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         head = f"localhost:{probe.getsockname()[1]}"
-    variables = environment(NNODES="2", HEAD=head, NGPU="1", NO_VENV="1", LOG_RANK="0")
+    variables = environment(
+        NNODES="2", HEAD=head, NGPU="1", NO_VENV="1", LOG_RANK="0", MAX_RESTARTS="1",
+        FAIL_AT="signal,4",
+    )  # fmt: skip
     command = [
-        str(ROOT / "scripts" / "multinode.sh"), *OPTIONS, "--training.steps=2",
-        "--checkpoint.no-enable", f"--job.dump_folder={tmp_path}",
+        str(ROOT / "scripts" / "multinode.sh"), *OPTIONS, "--training.steps=4",
+        "--experimental.custom_import=nvfp4_titan.titan.fail_at", f"--job.dump_folder={tmp_path}",
     ]  # fmt: skip
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     agents = [subprocess.Popen(command, env=variables, **options) for _ in range(2)]
     logs = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(log[-3000:] for log in logs)
     assert any("Applied FSDP" in log for log in logs)
-    assert list(logged_losses(tmp_path)) == [1, 2]
+    assert all(re.search(r"Loading the checkpoint from \S+/step-2", log) for log in logs)
+    assert list(logged_losses(tmp_path)) == [1, 2, 3, 4]
 
 
 def test_multinode_says_what_is_missing():

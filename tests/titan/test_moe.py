@@ -49,6 +49,19 @@ def gradients(model, tokens):
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
+def test_codes_of_experts_in_fp32_compute_are_refused_early():
+    """torchtitan casts grouped experts to bf16, which codes gathered for fp32 cannot follow."""
+    from nvfp4_titan.titan.converter import check_gathers
+    from nvfp4_titan.titan.trainer import parse
+
+    fp4, fp32 = "--nvfp4.fp4_all_gather", "--training.mixed_precision_param=float32"
+    grouped, loop = (deepseek(use_grouped_mm)[0] for use_grouped_mm in (True, False))
+    with pytest.raises(ConfigError, match="mixed_precision_param = 'bfloat16'"):
+        check_gathers(grouped, parse([fp4, fp32]))
+    for model, argv in ((grouped, [fp4]), (grouped, [fp32]), (loop, [fp4, fp32])):
+        check_gathers(model, parse(argv))
+
+
 @pytest.mark.parametrize("use_grouped_mm", [True, False])
 def test_experts_train_quantized_and_close_to_the_control(use_grouped_mm):
     model, tokens, report = deepseek(use_grouped_mm)

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from nvfp4_titan.errors import DivergedError
+from nvfp4_titan.titan.checkpoints import newest_whole_step
+from nvfp4_titan.titan.trainer import NVFP4Trainer
 
 DEBUG = (
     "--model.name=llama3",
@@ -48,6 +51,23 @@ def test_validation_and_record(train, single_rank):
 def test_a_loss_that_is_not_finite_stops_the_run(train, single_rank):
     with pytest.raises(DivergedError, match="lower optimizer.lr"):
         train(*DEBUG, "--model.converters=nvfp4", "--training.steps=9", "--optimizer.lr=1e30")
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved(train, single_rank, monkeypatch):
+    """Its loss is finite, the weights after the step are not."""
+    forward_backward_step = NVFP4Trainer.forward_backward_step
+
+    def poisoned(self, **kwargs):
+        loss = forward_backward_step(self, **kwargs)
+        if self.step == 2:
+            self.model_parts[0].output.weight.grad[0, 0] = torch.nan
+        return loss
+
+    monkeypatch.setattr(NVFP4Trainer, "forward_backward_step", poisoned)
+    saving = ("--checkpoint.enable", "--checkpoint.interval=1", "--training.steps=3")
+    with pytest.raises(DivergedError, match="weights are not finite after step 2"):
+        train(*DEBUG, "--model.converters=nvfp4", *saving)
+    assert newest_whole_step(single_rank / "out" / "checkpoint") == (1, [])
 
 
 def test_a_local_folder_works_as_in_torchtitan(train, single_rank):

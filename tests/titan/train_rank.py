@@ -2,7 +2,8 @@
 
 `python train_rank.py SPEC`: a torch.save of a list of jobs, each a dict of `argv` (torchtitan's
 options), `tokens` (steps, sequences, length + 1), `port` and `out`, the folder for what this rank
-saw: the losses by step and, per weight, the operands that the first step quantized.
+saw: the losses by step, per weight the operands that the first step quantized, and the number of
+weights that FSDP gathers in codes.
 """
 
 import os
@@ -54,6 +55,17 @@ def attach_recorders(model_parts):
     return made
 
 
+def gathered_in_codes(model_parts):
+    from nvfp4_titan.distributed import fsdp_records
+    from nvfp4_titan.distributed.fp4_gather import QuantizingShard
+
+    return sum(
+        isinstance(record.sharded_param._local_tensor, QuantizingShard)
+        for part in model_parts
+        for record in fsdp_records(part).values()
+    )
+
+
 def run(job, rank):
     from nvfp4_titan.titan.trainer import NVFP4Trainer, parse
 
@@ -74,9 +86,11 @@ def run(job, rank):
 
     trainer.metrics_processor.log = log
     trainer.train()
+    gathered = gathered_in_codes(trainer.model_parts)
     trainer.close()
     torch.distributed.destroy_process_group()
-    torch.save({"losses": losses, "operands": first}, os.path.join(job["out"], f"{rank}.pt"))
+    seen = {"losses": losses, "operands": first, "gathered": gathered}
+    torch.save(seen, os.path.join(job["out"], f"{rank}.pt"))
 
 
 def main():

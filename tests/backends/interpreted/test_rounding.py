@@ -45,22 +45,24 @@ def test_e4m3():
 def _e2m1_kernel(x_ptr, random_ptr, rtne_ptr, sr_ptr, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
     x = tl.load(x_ptr + index)
-    random = tl.load(random_ptr + index) << 14
-    code, signed = kernels.e2m1(x, 1.0, random, False, 0)
-    tl.store(rtne_ptr + index, kernels.nibble(code, signed))
-    code, signed = kernels.e2m1(x, 1.0, random, True, 0)
-    tl.store(sr_ptr + index, kernels.nibble(code, signed))
+    word = tl.load(random_ptr + index).to(tl.uint32, bitcast=True)
+    tl.store(rtne_ptr + index, kernels.e2m1(x, 1.0, 0, 0, False, True, 0))
+    tl.store(sr_ptr + index, kernels.e2m1(x, 1.0, word, index & 3, True, True, 0))
 
 
 def test_e2m1():
     x = near(torch.arange(0, 6.0625, 1 / 512), 2).clamp(max=6)
-    random = torch.randint(0, 256, (SIZE,), dtype=torch.int32)
+    word = torch.randint(-(2**31), 2**31, (SIZE,), dtype=torch.int64).int()
+    random = (word >> 8 * (torch.arange(SIZE) & 3)) & 0xFF
     signed = torch.where(torch.arange(SIZE) % 2 == 0, x, -x)
-    rtne, sr = torch.empty(SIZE, dtype=torch.int32), torch.empty(SIZE, dtype=torch.int32)
-    _e2m1_kernel[(1,)](signed, random, rtne, sr, SIZE)
-    sign = torch.signbit(signed).int() << 3
-    assert torch.equal(rtne, rounding.e2m1_rtne(x).int() | sign)
-    assert torch.equal(sr, rounding.e2m1_sr(x, random.short()).int() | sign)
+    rtne, sr = torch.empty(SIZE, dtype=torch.int16), torch.empty(SIZE, dtype=torch.int16)
+    _e2m1_kernel[(1,)](signed, word, rtne, sr, SIZE)
+    sign = torch.signbit(signed).int() << 15
+    for lanes, code in (
+        (rtne, rounding.e2m1_rtne(x)),
+        (sr, rounding.e2m1_sr(x, random.short())),
+    ):
+        assert torch.equal(lanes.int() & 0xFFFF, code.int() << 6 | sign)
 
 
 @triton.jit

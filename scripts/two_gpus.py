@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Train on two GPUs under every parallelism, NVFP4 beside bf16; record curves and tokens/s.
+
+    scripts/two_gpus.py --output docs/results/two_gpus                 # about 8 minutes on two H100
+    scripts/two_gpus.py --plan width --output docs/results/two_gpus_width
+
+Writes OUTPUT.json, after each job, and OUTPUT.png. What fails or hangs is recorded and the next
+job starts; jobs that OUTPUT.json has from an earlier call stay in it unless this call runs them.
+Options after -- go to every job.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from nvfp4_titan.bench.jobs import run_jobs, select
+from nvfp4_titan.bench.two_gpus import DEEPSEEK, LLAMA, PLANS, Settings, compared, plot
+from nvfp4_titan.errors import UserError
+from nvfp4_titan.titan.corpus import tokenizer_path
+
+CONFIGS = Path(__file__).parents[1] / "train_configs"
+SIZES = {
+    "parallel": ("llama3_150m", "deepseek_v3_200m"),
+    "width": ("llama3_8b", "deepseek_v3_16b"),
+}
+OPTIONS = {
+    "parallel": ("--training.dataset=stdlib", "--training.local_batch_size=8"),
+    "width": ("--training.dataset=pysource",),
+}
+FLAVORS = {"parallel": {}, "width": {LLAMA: "8B_8_layers", DEEPSEEK: "16B_6_layers"}}
+
+
+@dataclass
+class Arguments:
+    """Run a plan of jobs on two GPUs."""
+
+    output: Path
+    """Path of the results, without a suffix."""
+    plan: Literal["parallel", "width"] = "parallel"
+    """parallel: every parallelism at 150M and 200M parameters; width: Llama3 8B and DeepSeekV3 16B
+    with fewer blocks."""
+    folder: Path = Path("outputs/two_gpus")
+    """New folder for the runs."""
+    llama: Path | None = None
+    """TOML of a Llama3 model in place of the plan's."""
+    deepseek: Path | None = None
+    """TOML of a DeepSeekV3 model in place of the plan's."""
+    only: tuple[str, ...] = ()
+    """Parts of the names of jobs to run, such as FSDP=2; all by default."""
+    steps: int = 100
+    """Steps of the long jobs."""
+    short_steps: int = 20
+    """Steps of the short jobs."""
+    compile: bool = True
+    """Compile where the plan does."""
+    backend: str = "auto"
+    """nvfp4.backend."""
+    timeout: float = 150
+    """Seconds of one job."""
+    budget: float = 540
+    """Seconds of all."""
+
+    def settings(self, options: list[str]) -> Settings:
+        """What the plan is made from; options are torchtitan's, for every job."""
+        given = {m: path for m, path in ((LLAMA, self.llama), (DEEPSEEK, self.deepseek)) if path}
+        planned = zip((LLAMA, DEEPSEEK), SIZES[self.plan], strict=True)
+        return Settings(
+            {model: CONFIGS / f"{name}.toml" for model, name in planned} | given,
+            self.steps,
+            self.short_steps,
+            {m: flavor for m, flavor in FLAVORS[self.plan].items() if m not in given},
+            (*OPTIONS[self.plan], f"--model.hf_assets_path={tokenizer_path()}", *options),
+            (f"--nvfp4.backend={self.backend}",),
+            self.compile,
+        )
+
+
+def main(argv: list[str]) -> int:
+    split = argv.index("--") if "--" in argv else len(argv)
+    arguments = tyro.cli(Arguments, args=argv[:split])
+    path = arguments.output.with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text())["runs"] if path.is_file() else {}
+    try:
+        plan = PLANS[arguments.plan](arguments.settings(argv[split + 1 :]), arguments.folder)
+        jobs = select(plan, arguments.only)
+        for name, result in run_jobs(jobs, arguments.folder, arguments.timeout, arguments.budget):
+            speed = f", {result['tokens_per_s']:,.0f} tokens/s" if "losses" in result else ""
+            print(f"{name}: {result['status']}, {result['seconds']:.0f} s{speed}", flush=True)
+            results[name] = result
+            content = {"command": " ".join(sys.argv), "compared": compared(results)}
+            path.write_text(json.dumps(content | {"runs": results}, indent=1) + "\n")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    plot(results, arguments.output.with_suffix(".png"))
+    print(json.dumps(compared(results), indent=1))
+    return int(any(results[job.name]["status"] != "ok" for job in jobs))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,61 @@
+"""Spawned ranks of distributed tests: two or more over gloo on a CPU, two over NCCL on GPUs.
+
+One suite for both: tests take a device from DEVICES, and functions that run on the ranks get a
+torch.device. GPU cases need two GPUs; where there are two they run, and what fails to import fails.
+"""
+
+import os
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.multi_gpu)]
+_GPUS = 2
+# With CPU offload gradients are gathered on the CPU.
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+
+
+def on_devices(worlds: dict[str, int]) -> list:
+    """Cases (name, device): all on a CPU, those of at most two ranks on GPUs too."""
+    on_cpu = [pytest.param(name, "cpu") for name in worlds]
+    two = [name for name, world in worlds.items() if world <= _GPUS]
+    return on_cpu + [pytest.param(name, "cuda", marks=pytest.mark.multi_gpu) for name in two]
+
+
+def environment(device: str) -> dict[str, str]:
+    """Variables of processes that compute on a device: those on a CPU see no GPU."""
+    if device == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # the same sums in every run
+
+
+def spawn(function, device: str, world: int, folder, *args) -> list:
+    """Call function(rank, torch device, *args) on every rank of a process group.
+
+    Args:
+        function: A module's function; what it returns is saved.
+        device: "cpu" or "cuda".
+        world: Number of ranks.
+        folder: Empty folder.
+        args: What spawned processes can be given.
+
+    Returns:
+        What each rank returned, its tensors on the CPU.
+    """
+    with patch.dict(os.environ, environment(device)):
+        multiprocessing.spawn(_rank, (function, device, world, str(folder), args), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt", map_location="cpu") for rank in range(world)]
+
+
+def _rank(rank, function, device, world, folder, args):
+    torch.set_num_threads(1)
+    here = torch.device(device, rank if device == "cuda" else None)
+    if device == "cuda":
+        torch.cuda.set_device(here)
+    distributed.init_process_group(
+        BACKENDS[device], init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
+    torch.save(function(rank, here, *args), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
