@@ -24,9 +24,8 @@ from pathlib import Path
 import tyro
 
 from nvfp4_titan.convergence.archive import pack, unpack
-from nvfp4_titan.convergence.check import Plan, read_all, run_all, verdicts
+from nvfp4_titan.convergence.check import Found, Plan, read_all, run_all, verdicts
 from nvfp4_titan.convergence.launch import OutOfTime
-from nvfp4_titan.convergence.report import passed, write_report
 from nvfp4_titan.convergence.variants import parse_variant
 from nvfp4_titan.convergence.verdict import Thresholds
 from nvfp4_titan.errors import UserError
@@ -56,6 +55,8 @@ class Arguments:
     """Steps between checkpoints."""
     launch: bool = True
     """Off reads finished runs and starts none."""
+    report: bool = True
+    """Off makes runs and judges nothing, for machines without matplotlib."""
     pack: Path | None = None
     """Write the finished runs into this .tar.gz, however far the check got."""
     take: tuple[Path, ...] = ()
@@ -86,12 +87,9 @@ def main(argv: list[str]) -> int:
             found = run_all(plan, arguments.time_limit) if arguments.launch else read_all(plan)
         finally:
             _pack(arguments)
-        result = verdicts(plan, found, arguments.thresholds)
-        print(
-            write_report(
-                arguments.output, plan, found, result, arguments.thresholds, arguments.commit
-            )
-        )
+        if not arguments.report:
+            return NOT_PASSED if found.errors else 0
+        return _report(arguments, plan, found)
     except OutOfTime as stop:
         print(f"{stop}", file=sys.stderr)
         return OUT_OF_TIME
@@ -101,6 +99,15 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted: call it again to go on", file=sys.stderr)
         return INTERRUPTED
+
+
+def _report(arguments: Arguments, plan: Plan, found: Found) -> int:
+    # matplotlib is not needed before.
+    from nvfp4_titan.convergence.report import passed, write_report
+
+    limits = arguments.thresholds
+    result = verdicts(plan, found, limits)
+    print(write_report(arguments.output, plan, found, result, limits, arguments.commit))
     return 0 if passed(result) else NOT_PASSED
 
 

@@ -89,7 +89,7 @@ def test_a_check_from_end_to_end(tmp_path, monkeypatch, capsys):
     variants.pop()
     carried = tmp_path / "carried"
     assert check(carried, f"--take={archive}") == 0
-    assert check(carried, "--no-launch") == 0
+    assert check(carried, "--no-launch") == check(carried, "--no-report") == 0
     # A run that is missing, and one of other options.
     (carried / "nvfp4_seed0" / "request.json").rename(tmp_path / "request.json")
     assert check(carried, "--no-launch") == 1

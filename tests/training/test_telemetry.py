@@ -27,7 +27,7 @@ class Experts(nn.Module):
 
     def forward(self, x):
         if self.grouped:
-            offs = COUNTS.cumsum(0).to(torch.int32)
+            offs = COUNTS.to(x.device).cumsum(0).to(torch.int32)
             w = self.w1.bfloat16().transpose(-2, -1)
             return torch._grouped_mm(x.bfloat16(), w, offs=offs).float()
         parts = torch.split(x, COUNTS.tolist())
@@ -235,3 +235,23 @@ def test_the_worst_come_first():
     decibels = [values["sqnr_db"] for _, _, values in worst(found, 5)]
     assert decibels == sorted(decibels) and len(decibels) == 5
     assert len(format_worst(found, 3).splitlines()) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_figures_on_a_gpu_are_the_cpus(backend):
+    model = converted()
+    x, dy = torch.randn(TOKENS, DIM), torch.randn(TOKENS, DIM)
+    found = []
+    for device, name in (("cpu", "reference"), ("cuda", backend)):
+        again = Model().to(device)
+        convert(again, backend=name, bf16_last_fraction=0)
+        again.load_state_dict(model.state_dict())
+        observer = Observer([again])
+        with observer.attached():
+            again(x.to(device).requires_grad_()).backward(dy.to(device))
+        found.append(figures(observer.take()))
+    cpu, gpu = found
+    assert cpu.keys() == gpu.keys() and insane(gpu) == []
+    for key, values in cpu.items():
+        assert gpu[key]["sqnr_db"] == pytest.approx(values["sqnr_db"], abs=0.5), key
