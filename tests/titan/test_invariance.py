@@ -282,8 +282,8 @@ def test_telemetry_sees_the_model_that_one_process_has(name, device, results):
     assert ours["warnings"] == one["warnings"] == []
     assert ours["last"].keys() | {k for k in one["last"] if "/w" in k} == one["last"].keys()
     for key, values in ours["last"].items():
-        assert values["sqnr_db"] == pytest.approx(one["last"][key]["sqnr_db"], abs=3), key
-        assert values["cosine"] == pytest.approx(one["last"][key]["cosine"], abs=0.02), key
+        assert values["sqnr_db"] == pytest.approx(one["last"][key]["sqnr_db"], abs=4), key
+        assert values["cosine"] == pytest.approx(one["last"][key]["cosine"], abs=0.03), key
 
 
 @pytest.mark.slow
