@@ -239,6 +239,7 @@ def _backward(gemms: dict[str, GemmFormat]) -> dict[str, GemmFormat]:
 
 
 _NVFP4, _MXFP8 = _nvfp4(NVFP4), _mxfp8(MXFP8)
+_SR_FPROP = replace(_NVFP4["fprop"], left=OperandFormat(rounding="sr"))
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
@@ -247,6 +248,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             Recipe("nvfp4", **_NVFP4),
             Recipe("bf16"),
             Recipe("nvfp4_46", **_nvfp4(NVFP4_46)),
+            Recipe("nvfp4_sr_forward", **(_NVFP4 | {"fprop": _SR_FPROP})),
             Recipe("nvfp4_mxfp8", **_forward(_NVFP4), **_backward(_MXFP8)),
             Recipe(
                 "nvfp4_mxfp8_dequantized",
@@ -267,6 +269,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
     nvfp4                    NVIDIA's: all three GEMMs in NVFP4
     bf16                     high precision
     nvfp4_46                 nvfp4 with four-over-six block scaling (arXiv 2512.02010)
+    nvfp4_sr_forward         nvfp4 with SR on x in fprop too, for ablations alone: it does harm
     nvfp4_mxfp8              fprop in NVFP4; dgrad and wgrad in MXFP8, from the originals
     nvfp4_mxfp8_dequantized  the same, w and x of the backward from fprop's NVFP4 operands
     nvfp4_bf16               fprop in NVFP4, backward in high precision over its dequantized

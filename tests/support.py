@@ -120,9 +120,14 @@ SMALL_RUN = (
 
 def logged_losses(dump_folder: Path) -> dict[int, float]:
     """Loss by step of every start of a run; steps that ran twice must agree."""
+    return logged_scalars(dump_folder, "loss_metrics/global_avg_loss")
+
+
+def logged_scalars(dump_folder: Path, name: str) -> dict[int, float]:
+    """A scalar by step of every start of a run; {} where there is none of this name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    name, found = "loss_metrics/global_avg_loss", {}
+    found = {}
     for path in sorted((dump_folder / "tb").glob("*")):
         events = EventAccumulator(str(path))
         events.Reload()

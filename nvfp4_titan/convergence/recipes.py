@@ -3,29 +3,22 @@
 Rows are recipes by name; "bf16" is the control (no converter), "fp8" torchtitan's float8 (every
 linear but the lm head and routers). Each row runs in a process of its own, with its own dump folder
 and log. A row that has finished with the same TOML and options is not run again, so an interrupted
-comparison goes on with the row that it was at; that row begins anew.
+comparison goes on with the row that it was at: from its last checkpoint, where the TOML saves any.
 """
 
-import hashlib
-import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from ..errors import ConfigError
 from ..recipe import get_recipe
-from .runs import Run, compare, read_run
+from .launch import Job
+from .runs import Run, compare
 
 CONTROL, FLOAT8 = "bf16", "fp8"
 ROWS = (CONTROL, FLOAT8, "mxfp8", "nvfp4_mxfp8", "nvfp4_bf16", "nvfp4")
 """Rows of the published comparison (PyTorch's FP4 QAT study on Qwen3-8B), NVFP4 QAT being
 nvfp4_bf16, and full NVFP4."""
-
-_REQUEST, _LOG = "request.json", "log.txt"
 
 
 def row_options(row: str) -> list[str]:
@@ -63,44 +56,8 @@ def run_rows(config: Path, rows: list[str], folder: Path, options: list[str]) ->
     """
     if not config.is_file():
         raise ConfigError(f"config file {config} is not there: see train_configs/ for examples")
-    arguments = {row: [*options, *row_options(row)] for row in rows}
-    return {row: _run(config, folder / row, given) for row, given in arguments.items()}
-
-
-def _run(config: Path, folder: Path, options: list[str]) -> Run:
-    request = {
-        "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest(),
-        "options": options,
-        "ngpu": os.environ.get("NGPU", "1"),
-    }
-    asked = folder / _REQUEST
-    if asked.is_file():
-        content = json.loads(asked.read_text())
-        if content == request | {"finished": True}:
-            return read_run(folder)
-        shutil.rmtree(folder)
-    elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} holds something else than a row: use another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    asked.write_text(json.dumps(request))
-    command = [
-        sys.executable,
-        "-m",
-        "nvfp4_titan.train",
-        f"--job.config_file={config}",
-        *options,
-        f"--job.dump_folder={folder}",
-        "--metrics.enable_tensorboard",
-        "--metrics.save_tb_folder=tb",
-    ]
-    print(" ".join(command[1:]), flush=True)
-    with open(folder / _LOG, "w") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    if status:
-        raise ConfigError(f"the run of {folder.name} failed: see {folder / _LOG}")
-    run = read_run(folder)
-    asked.write_text(json.dumps(request | {"finished": True}))
-    return run
+    jobs = {row: Job(config, folder / row, (*options, *row_options(row))) for row in rows}
+    return {row: job.run() for row, job in jobs.items()}
 
 
 def table(runs: dict[str, Run]) -> dict[str, dict]:

@@ -1,12 +1,16 @@
 """Finished runs as TensorBoard recorded them, and their comparison with a control.
 
 A run is a job's dump folder: TensorBoard's event files, run_record.json, and, for converted models,
-conversion.json. Runs are only compared when corpus, tokenizer, steps and data settings agree.
+conversion.json. Runs are only compared when corpus, tokenizer, steps and data settings agree, and,
+where both recorded it, the tokens of every logged step and the initial weights.
+
+A run that was interrupted and went on has an event file per start. A start replaces what earlier
+ones recorded from its first step on: those steps were lost with the process, and done again.
 """
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -19,12 +23,15 @@ VALIDATION_LOSS = "validation_metrics/loss"
 STEP_SECONDS = "time_metrics/end_to_end(s)"
 TOKENS_PER_SECOND = "throughput(tps)"
 MEMORY = "memory/max_active(GiB)"
+CHECKSUM, TOKENS = "data/checksum", "n_tokens_seen"
 
 _SAME = (
     ("corpus_sha256",),
     ("tokenizer_sha256",),
     ("config", "debug", "seed"),
     ("config", "model", "flavor"),
+    ("config", "training", "dataset"),
+    ("config", "training", "dataset_path"),
     ("config", "training", "seq_len"),
     ("config", "training", "local_batch_size"),
     ("config", "training", "global_batch_size"),
@@ -50,6 +57,8 @@ class Run:
         seconds: Seconds of each logged step by step.
         throughput: Tokens per second and device by step.
         memory: Peak of the memory in use, GiB, by step.
+        checksums: Checksum of the tokens by step; {} where none was recorded.
+        tokens: Tokens seen so far, of all ranks, by step; {} where not recorded.
     """
 
     folder: Path
@@ -61,6 +70,18 @@ class Run:
     seconds: dict[int, float]
     throughput: dict[int, float]
     memory: dict[int, float]
+    checksums: dict[int, float] = field(default_factory=dict)
+    tokens: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Training steps that the run was to make."""
+        return self.record["config"]["training"]["steps"]
+
+    def missing_steps(self) -> list[int]:
+        """Steps that are logged in a whole run and are not in this one."""
+        every = self.record["config"]["metrics"]["log_freq"]
+        return sorted({1, *range(every, self.steps + 1, every)} - self.train.keys())
 
     @property
     def seconds_per_step(self) -> float:
@@ -90,19 +111,12 @@ def read_run(folder: Path | str) -> Run:
         ConfigError: something is missing, or a loss is NaN or infinite.
     """
     folder = Path(folder)
-    events = sorted(folder.glob("tb/*/events.out.tfevents.*"))
-    if len(events) != 1:
-        raise ConfigError(
-            f"{folder} holds {len(events)} TensorBoard files: give the dump folder of one run with "
-            "metrics.enable_tensorboard = true"
-        )
-    accumulator = EventAccumulator(str(events[0]), size_guidance={"scalars": 0})
-    accumulator.Reload()
+    recorded = read_scalars(folder)
 
     def scalars(tag: str) -> dict[int, float]:
-        if tag not in accumulator.Tags()["scalars"]:
+        if tag not in recorded:
             raise ConfigError(f"{folder} has no {tag}: enable validation and TensorBoard")
-        return {event.step: event.value for event in accumulator.Scalars(tag)}
+        return recorded[tag]
 
     run = Run(
         folder,
@@ -113,12 +127,79 @@ def read_run(folder: Path | str) -> Run:
             scalars(tag)
             for tag in (TRAIN_LOSS, VALIDATION_LOSS, STEP_SECONDS, TOKENS_PER_SECOND, MEMORY)
         ),
+        recorded.get(CHECKSUM, {}),
+        recorded.get(TOKENS, {}),
     )
     for name, losses in (("training", run.train), ("validation", run.validation)):
         bad = [step for step, loss in losses.items() if not math.isfinite(loss)]
         if bad:
             raise ConfigError(f"{folder}: {name} loss is not finite at step {bad[0]}")
     return run
+
+
+def read_scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """What a run recorded: by tag, values by step, of all of its starts.
+
+    Raises:
+        ConfigError: there is no event file.
+    """
+    files = sorted(folder.glob("tb/*/events.out.tfevents.*"), key=_started)
+    if not files:
+        raise ConfigError(
+            f"{folder} holds no TensorBoard file: give the dump folder of one run with "
+            "metrics.enable_tensorboard = true"
+        )
+    merged: dict[str, dict[int, float]] = {}
+    for file in files:
+        accumulator = EventAccumulator(str(file), size_guidance={"scalars": 0})
+        accumulator.Reload()
+        tags = accumulator.Tags()["scalars"]
+        found = {tag: {e.step: e.value for e in accumulator.Scalars(tag)} for tag in tags}
+        if TRAIN_LOSS not in found:
+            continue  # it ended before its first step
+        first = min(found[TRAIN_LOSS])
+        for tag, values in merged.items():
+            # Validation of the checkpoint's own step is done again, the step is not.
+            start = min(found.get(tag, {first: None}))
+            merged[tag] = {step: value for step, value in values.items() if step < start}
+        for tag, values in found.items():
+            merged.setdefault(tag, {}).update(values)
+    return merged
+
+
+def _started(events: Path) -> tuple[int, str]:
+    """Sort key of event files: events.out.tfevents.SECONDS.HOST.PID.NUMBER."""
+    seconds = events.name.split(".")[3]
+    return int(seconds) if seconds.isdecimal() else 0, events.name
+
+
+def check_comparable(control: Run, run: Run) -> None:
+    """Check that two runs differ in nothing but what is compared.
+
+    Raises:
+        ConfigError: other data, tokens, initial weights, settings or steps.
+    """
+    for path in _SAME:
+        values = [_at(r.record, path) for r in (control, run)]
+        if values[0] != values[1]:
+            raise ConfigError(
+                f"{'.'.join(path)} differs between {control.folder} and {run.folder}: "
+                f"{values[0]} and {values[1]}; run both with the same settings"
+            )
+    if sorted(control.train) != sorted(run.train):
+        raise ConfigError(f"{control.folder} and {run.folder} did not run the same steps")
+    steps = sorted(control.checksums.keys() & run.checksums)
+    if other := [step for step in steps if control.checksums[step] != run.checksums[step]]:
+        raise ConfigError(
+            f"{control.folder} and {run.folder} saw other tokens from step {other[0]} on: the "
+            "order of the data differs; use one corpus, and the same number of processes"
+        )
+    weights = [r.record.get("initial_weights") for r in (control, run)]
+    if None not in weights and not math.isclose(*weights, rel_tol=1e-6):
+        raise ConfigError(
+            f"{control.folder} and {run.folder} began with other weights (squares sum to "
+            f"{weights[0]} and {weights[1]}): use one debug.seed and one kind of device"
+        )
 
 
 def compare(control: Run, run: Run) -> dict:
@@ -131,15 +212,7 @@ def compare(control: Run, run: Run) -> dict:
     Raises:
         ConfigError: the two did not see the same data, or did not run the same steps.
     """
-    for path in _SAME:
-        values = [_at(r.record, path) for r in (control, run)]
-        if values[0] != values[1]:
-            raise ConfigError(
-                f"{'.'.join(path)} differs between {control.folder} and {run.folder}: "
-                f"{values[0]} and {values[1]}; run both with the same settings"
-            )
-    if sorted(control.train) != sorted(run.train):
-        raise ConfigError(f"{control.folder} and {run.folder} did not run the same steps")
+    check_comparable(control, run)
     last = max(control.validation)
     gap = run.validation[last] / control.validation[last] - 1
     figures = {

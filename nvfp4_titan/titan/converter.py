@@ -16,9 +16,6 @@ from ..training.experts import WrappingExperts
 from ..training.report import EXPERTS
 from . import activation_checkpoint, record
 
-_RESERVED = {"numerics_log_freq": 0}
-"""Settings of later versions, and the one value that each may have until then."""
-
 
 class NVFP4Converter(ModelConverter):
     """Converts linears (and experts) of the model as the [nvfp4] section says.
@@ -36,12 +33,14 @@ class NVFP4Converter(ModelConverter):
         self.settings = job_config.nvfp4
         self.frees_weights = _frees_weights(job_config, parallel_dims)
         activation_checkpoint.install()
-        if schedule(job_config) and not self.settings.trainer_switches_formats:
-            raise UnsupportedError(
-                "nvfp4.schedule changes formats at a step, and a converter cannot see the step "
-                "that a checkpoint restores: start with -m nvfp4_titan.train in place of "
-                "-m torchtitan.train"
-            )
+        for name in ("schedule", "numerics_log_freq"):
+            asked = getattr(self.settings, name)
+            if asked and asked != [""] and not self.settings.trainer_knows_step:
+                raise UnsupportedError(
+                    f"nvfp4.{name} acts at certain steps, and a converter cannot see the step that "
+                    "a checkpoint restores: start with -m nvfp4_titan.train in place of "
+                    "-m torchtitan.train"
+                )
 
     def convert(self, model: nn.Module) -> None:
         """Convert in place and print the report once."""
@@ -190,10 +189,11 @@ def check_settings(job_config: JobConfig) -> None:
             "nvfp4.fp4_all_gather cannot follow an nvfp4.schedule, which changes what is gathered: "
             "drop one of them"
         )
-    for name, only in _RESERVED.items():
-        value = getattr(settings, name)
-        if value != only:
-            raise ConfigError(f"nvfp4.{name} is not in this version: leave it at {only!r}")
+    if settings.numerics_log_freq < 0:
+        raise ConfigError(
+            f"nvfp4.numerics_log_freq = {settings.numerics_log_freq} must be a number of steps, or "
+            "0 for none"
+        )
 
 
 def _check_order(converters: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import subprocess
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torchtitan.components.metrics import TensorBoardLogger
 from torchtitan.tools import utils
 
 from ..training import Report
@@ -29,11 +32,12 @@ def clear(job_config) -> None:
         Path(job_config.job.dump_folder, name).unlink(missing_ok=True)
 
 
-def write(job_config) -> Path:
+def write(job_config, model_parts: list[nn.Module]) -> Path:
     """Write `run_record.json` into the job's dump folder.
 
     Args:
         job_config: torchtitan's JobConfig.
+        model_parts: The models as they were initialised, before a checkpoint is loaded.
 
     Returns:
         The file's path.
@@ -50,13 +54,22 @@ def write(job_config) -> Path:
         "device": utils.device_module.get_device_name(),
         "python": platform.python_version(),
         "versions": {"nvfp4_titan": __version__} | {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
         "threads": torch.get_num_threads(),
         "datasets": {key: list(value) for key, value in datasets.items()},
         "corpus_sha256": {key: made.sha256 for key, made in corpora.items() if made},
         "tokenizer_sha256": corpus.file_sha256(tokenizer) if tokenizer.is_file() else None,
+        "initial_weights": _energy(model_parts),
         "config": job_config.to_dict(),
     }
     return _write(job_config, FILE, record)
+
+
+def flush(metrics_processor) -> None:
+    """Write out TensorBoard's events now: a killed run must not lose those before a checkpoint."""
+    for logger in getattr(metrics_processor.logger, "_loggers", ()):
+        if isinstance(logger, TensorBoardLogger):
+            logger.writer.flush()
 
 
 def write_conversion(job_config, report: Report) -> Path:
@@ -83,6 +96,29 @@ def write_tokens_per_expert(job_config, model_parts: list[nn.Module]) -> Path | 
         if name.endswith(_COUNTS)
     }
     return _write(job_config, EXPERTS_FILE, counts) if counts else None
+
+
+@torch.no_grad()
+def _energy(model_parts: list[nn.Module]) -> float:
+    """Sum of this rank's squared parameters: equal where two runs start from the same weights."""
+    parameters = [p for part in model_parts for p in part.parameters()]
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    sums = [p.double().square().sum().cpu() for p in local if p.device.type != "meta"]
+    return float(torch.stack(sums).sum()) if sums else 0.0
+
+
+def _commit() -> str | None:
+    """Git commit of this source tree, with "-dirty" where tracked files differ from it."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    done = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if done.returncode:
+        return None
+    status = [*git, "status", "--porcelain", "--untracked-files=no"]
+    changed = subprocess.run(status, capture_output=True, text=True).stdout.strip()
+    return done.stdout.strip() + ("-dirty" if changed else "")
 
 
 def _version(package: str) -> str | None:

@@ -3,6 +3,9 @@
 import copy
 import os
 import pickle
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import tomli
@@ -22,6 +25,9 @@ from . import cpu_runtime, record
 from .checkpoints import choose_step
 from .checks import check
 from .converter import check_gathers, convert_by_settings, schedule, switches
+from .numerics_log import NumericsLog
+from .stopping import StopRequest
+from .validate import prepare_validator
 
 CONFIG_MODULE = "nvfp4_titan.titan.job_config"
 _CONFIG_FILE_KEYS = ("--job.config_file", "--job.config-file")
@@ -30,7 +36,10 @@ _CONFIG_FILE_KEYS = ("--job.config_file", "--job.config-file")
 class NVFP4Trainer(Trainer):
     """torchtitan's Trainer that leaves a record of its run and stops when the loss is NaN.
 
-    It also carries out nvfp4.schedule: it knows the step, a restored one too, before the forward.
+    It also carries out nvfp4.schedule and nvfp4.numerics_log_freq: before the forward it knows the
+    step, a restored one too.
+    With checkpoints SIGTERM makes it save and end. TensorBoard gets `data/checksum`, of the tokens
+    of a logged step on this rank: runs that saw the same data have the same ones.
     """
 
     def __init__(self, job_config: JobConfig):
@@ -40,12 +49,19 @@ class NVFP4Trainer(Trainer):
             record.clear(job_config)
         converted = "nvfp4" in job_config.model.converters
         if converted:
-            job_config.nvfp4.trainer_switches_formats = True
+            job_config.nvfp4.trainer_knows_step = True
         super().__init__(job_config)
         self.formats = _schedule(job_config, self.model_parts) if converted else FormatSchedule(())
+        frequency = job_config.nvfp4.numerics_log_freq if converted else 0
+        folder = Path(job_config.job.dump_folder)
+        self.numerics = NumericsLog(self.model_parts, frequency, folder)
         cpu_runtime.prepare_trainer(self.model_parts)
         if distributed.get_rank() == 0:
-            record.write(job_config)
+            record.write(job_config, self.model_parts)
+        if job_config.validation.enable:
+            prepare_validator(self.validator, job_config.training.steps)
+        self.stop = StopRequest()
+        self.steps_done, self.checksum = 0, 0
 
     def train(self) -> None:
         """Train, from the newest whole checkpoint; then record how tokens spread over experts.
@@ -58,15 +74,40 @@ class NVFP4Trainer(Trainer):
         if checkpoint.enable and checkpoint.load_step == -1:
             checkpoint.load_step = choose_step(folder)
         try:
-            super().train()
+            with self.stop if checkpoint.enable else nullcontext():
+                super().train()
         except (CheckpointException, EOFError, pickle.UnpicklingError) as error:
             raise ConfigError(
                 f"a checkpoint cannot be read ({_first_line(error)}): check that "
                 "checkpoint.initial_load_path or checkpoint.load_step names a whole one of this "
                 f"model (those of this run are in {folder})"
             ) from error
+        self.numerics.close()
         if distributed.get_rank() == 0:
             record.write_tokens_per_expert(self.job_config, self.model_parts)
+
+    def should_continue_training(self) -> bool:
+        """As torchtitan's; no, once any rank was told to stop, after saving this step."""
+        if not super().should_continue_training():
+            return False
+        checkpoint = self.job_config.checkpoint
+        # Asking the other ranks waits for the device: where torchtitan waits anyway.
+        asks = distributed.get_world_size() == 1 or self.metrics_processor.should_log(self.step)
+        if not (checkpoint.enable and self.steps_done and asks and self.stop.anywhere(self.device)):
+            return True
+        if self.step % checkpoint.interval:
+            record.flush(self.metrics_processor)
+            self.checkpointer.interval = self.step  # this step is due
+            self.checkpointer.save(self.step)
+        logger.info(f"Told to stop: step {self.step} is saved, the same command goes on from it")
+        return False
+
+    def batch_generator(self, data_iterable: Iterable) -> Iterator:
+        """As torchtitan's; keeps a checksum of the tokens for `train_step`."""
+        for batch in super().batch_generator(data_iterable):
+            if self.metrics_processor.should_log(self.step):
+                self.checksum = zlib.crc32(batch[1].contiguous().numpy(), self.checksum)
+            yield batch
 
     def forward_backward_step(self, **kwargs) -> torch.Tensor:
         """As torchtitan's; keeps the sum of the losses for `train_step`."""
@@ -83,8 +124,18 @@ class NVFP4Trainer(Trainer):
         """
         for change in self.formats.before_step(self.step):
             logger.info(f"From step {change.first_step} on: {change.gemm} as in {change.recipe}")
-        self.step_loss = 0.0
-        super().train_step(data_iterator)
+        restored = self.step - 1
+        if not self.steps_done and restored and self._validates(restored):
+            # The run may have died between its checkpoint and the validation of that step.
+            self.validator.validate(self.model_parts, restored)
+        self.step_loss, self.checksum = 0.0, 0
+        with self.numerics.step(self.step, self.metrics_processor):
+            super().train_step(data_iterator)
+        self.steps_done += 1
+        if self.metrics_processor.should_log(self.step):
+            # 24 bits: TensorBoard keeps fp32.
+            checksum = {"data/checksum": self.checksum & 0xFFFFFF}
+            self.metrics_processor.logger.log(checksum, self.step)
         checkpoint = self.job_config.checkpoint
         saves = checkpoint.enable and self.step % checkpoint.interval == 0
         last = self.step == self.job_config.training.steps
@@ -102,6 +153,11 @@ class NVFP4Trainer(Trainer):
                 f"weights are not finite after step {self.step}, though its loss is: lower "
                 "optimizer.lr, and resume from the last checkpoint"
             )
+        if saves:
+            record.flush(self.metrics_processor)
+
+    def _validates(self, step: int) -> bool:
+        return self.job_config.validation.enable and self.validator.should_validate(step)
 
 
 def _finite(model_parts: list[torch.nn.Module]) -> bool:

@@ -1,4 +1,6 @@
-"""A validator for the models whose train spec has none."""
+"""Validation: for models whose train spec has none, and over the same tokens every time."""
+
+import copy
 
 from torchtitan.components.validate import Validator
 
@@ -14,6 +16,34 @@ class PlainAttentionValidator(Validator):
         if getattr(model_parts[0].model_args, "attn_type", "sdpa") == "sdpa":
             model_parts = [_NoMasks()]
         return super().post_dataloading_process(input_dict, labels, model_parts)
+
+
+class RewoundLoader:
+    """A validation dataloader that starts over at every iteration.
+
+    torchtitan's goes on where it stopped: every validation would see other text than the one
+    before, and a resumed run other text than one that was not interrupted.
+    """
+
+    def __init__(self, loader):
+        self.loader = loader
+        self._start = copy.deepcopy(loader.dataset.state_dict())
+
+    def __iter__(self):
+        self.loader.dataset.load_state_dict(copy.deepcopy(self._start))
+        return iter(self.loader)
+
+
+def prepare_validator(validator: Validator, steps: int) -> None:
+    """Have a validator take the same tokens each time, and validate at the last step too.
+
+    Args:
+        validator: torchtitan's.
+        steps: Training steps of the run.
+    """
+    validator.validation_dataloader = RewoundLoader(validator.validation_dataloader)
+    by_frequency = validator.should_validate
+    validator.should_validate = lambda step: step == steps or by_frequency(step)
 
 
 class _NoMasks:

@@ -55,7 +55,7 @@ def test_table_and_going_on(tmp_path, monkeypatch, capsys):
         started.append(command)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
     with pytest.raises(KeyboardInterrupt):
         script().main([*argv, *rows, "--", *TINY])
     assert len(started) == 1 and any("float8" in option for option in started[0])

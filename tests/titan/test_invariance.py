@@ -6,6 +6,7 @@ by gradient accumulation. Losses alone cannot see a missing amax reduction or no
 are compared: dy's, which are rounded stochastically, included.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -51,6 +52,10 @@ RUNS = {
          "expert_tensor_parallel": 2},
     ),
 }  # fmt: skip
+
+
+OBSERVED = ("llama3", "deepseek_v3", "tp_fsdp", "tp_fsdp_fp4", "pp", "ep_tp")
+"""Runs with numerics telemetry on their first and last step."""
 
 
 def options(model, folder, degrees):
@@ -139,6 +144,8 @@ def results(tmp_path_factory):
                 ]
                 if name.endswith("_fp4"):
                     argv.append("--nvfp4.fp4_all_gather")
+                if name in OBSERVED:
+                    argv.append(f"--nvfp4.numerics_log_freq={STEPS}")
                 out = str(folder / name)
                 jobs.append({"argv": argv, "tokens": text(), "port": free_port(), "out": out})
         torch.save(jobs, folder / f"{world}.pt")
@@ -154,6 +161,11 @@ def results(tmp_path_factory):
         files = [folder / name / f"{rank}.pt" for rank in range(world)]
         return [torch.load(file, map_location="cpu") for file in files]
 
+    def numerics(name, device):
+        get(name, device)
+        return json.loads((base / f"invariance_{device}" / name / "numerics.json").read_text())
+
+    get.numerics = numerics
     return get
 
 
@@ -258,6 +270,19 @@ def test_tensor_parallel_operands_are_parts_of_the_whole(name, device, results):
             elif kind == "x" and weight.startswith("layers.0.attention.w") and not rowwise:
                 full = expected[weight, kind, microbatch + rank // 2, call]
                 assert same(sides, full), weight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "device"), cases(*OBSERVED[2:]))
+def test_telemetry_sees_the_model_that_one_process_has(name, device, results):
+    """Every weight and every GEMM of it, whatever rank held it, and figures like those of one."""
+    model = RUNS[name][0]
+    one, ours = (results.numerics(n, device) for n in (model, name))
+    assert ours["warnings"] == one["warnings"] == []
+    assert ours["last"].keys() | {k for k in one["last"] if "/w" in k} == one["last"].keys()
+    for key, values in ours["last"].items():
+        assert values["sqnr_db"] == pytest.approx(one["last"][key]["sqnr_db"], abs=4), key
+        assert values["cosine"] == pytest.approx(one["last"][key]["cosine"], abs=0.03), key
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ def test_validation_and_record(train, single_rank):
     assert len(record["tokenizer_sha256"]) == 64
     assert record["versions"]["torchtitan"] == "0.2.2"
     assert record["config"]["nvfp4"]["recipe"] == "nvfp4"
+    assert record["initial_weights"] > 0
     entries = json.loads((single_rank / "out" / "conversion.json").read_text())["entries"]
     assert {e["recipe"] for e in entries if e["converted"]} == {"nvfp4"}
 
@@ -82,3 +83,27 @@ def test_a_local_folder_works_as_in_torchtitan(train, single_rank):
         f"--training.dataset_path={folder}",
     )  # fmt: skip
     assert list(losses) == [1, 2]
+
+
+def test_validation_takes_the_same_text_each_time():
+    """torchtitan's loader goes on where the last validation stopped."""
+    from nvfp4_titan.titan.validate import RewoundLoader
+
+    class Loader:
+        def __init__(self):
+            self.dataset, self.position = self, 0
+
+        def state_dict(self):
+            return {"position": self.position}
+
+        def load_state_dict(self, state):
+            self.position = state["position"]
+
+        def __iter__(self):
+            while True:
+                self.position += 1
+                yield self.position
+
+    plain, rewound = Loader(), RewoundLoader(Loader())
+    first, again = ([next(iter(loader)) for _ in range(2)] for loader in (plain, rewound))
+    assert first == [1, 2] and again == [1, 1]

@@ -34,11 +34,12 @@ def test_exact_before_the_switch_and_across_a_resume(train, single_rank):
         assert resumed == {step: whole[step] for step in range(restored + 1, 6)}
 
 
-def test_a_trainer_that_does_not_know_the_step_is_refused(single_rank):
+@pytest.mark.parametrize("option", [SCHEDULE, "--nvfp4.numerics_log_freq=1"])
+def test_a_trainer_that_does_not_know_the_step_is_refused(option, single_rank):
     from torchtitan.config import ConfigManager
     from torchtitan.train import Trainer
 
-    argv = [*DEBUG, SCHEDULE, "--job.custom_config_module=nvfp4_titan.titan.job_config"]
+    argv = [*DEBUG, option, "--job.custom_config_module=nvfp4_titan.titan.job_config"]
     config = ConfigManager().parse_args([*argv, f"--job.dump_folder={single_rank}"])
     with pytest.raises(UnsupportedError, match="-m nvfp4_titan.train"):
         Trainer(config)

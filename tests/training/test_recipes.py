@@ -21,6 +21,7 @@ from nvfp4_titan.backends import BACKENDS, resolve, stream
 from nvfp4_titan.errors import ConfigError, UnsupportedError
 from nvfp4_titan.formats import MXFP8
 from nvfp4_titan.numerics import dequantize, quantize
+from nvfp4_titan.recipe import GEMMS as GEMM_NAMES
 from nvfp4_titan.recipe import GemmFormat, OperandFormat, Recipe
 from nvfp4_titan.training import grouped_mm, key_tensor, linear
 
@@ -29,6 +30,7 @@ GEMMS = {
     "nvfp4": ("nvfp4", "nvfp4", "nvfp4", False),
     "bf16": (None, None, None, False),
     "nvfp4_46": ("nvfp4_46", "nvfp4_46", "nvfp4_46", False),
+    "nvfp4_sr_forward": ("nvfp4", "nvfp4", "nvfp4", False),
     "nvfp4_mxfp8": ("nvfp4", "mxfp8", "mxfp8", False),
     "nvfp4_mxfp8_dequantized": ("nvfp4", "mxfp8", "mxfp8", True),
     "nvfp4_bf16": ("nvfp4", None, None, True),
@@ -69,7 +71,8 @@ def by_hand(name, x, w, dy):
         if not format.startswith("nvfp4"):
             return dequantize(quantize(t, format=format))
         block = (16, 16) if is_weight else (1, 16)
-        rounding = "sr" if side == "left" and gemm != "fprop" else "rtne"
+        sr_gemms = GEMM_NAMES if name == "nvfp4_sr_forward" else GEMM_NAMES[1:]
+        rounding = "sr" if side == "left" and gemm in sr_gemms else "rtne"
         options = {"rounding": rounding, "seed": int(KEY), "stream": stream(gemm, side)}
         return dequantize(quantize(t, format=format, block=block, rht=gemm == "wgrad", **options))
 

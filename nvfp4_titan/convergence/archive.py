@@ -1,0 +1,63 @@
+"""Finished runs in one small file: what `read_run` reads, and the request that they answer.
+
+Runs made on a machine that keeps nothing travel in it, and count elsewhere as if made there.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import ConfigError
+from .launch import REQUEST
+
+_RECORDS = ("run_record.json", "conversion.json", "tokens_per_expert.json", "numerics.json")
+
+
+def pack(folders: Iterable[Path], archive: Path) -> list[str]:
+    """Write finished runs into a .tar.gz, by the names of their folders; returns these.
+
+    Args:
+        folders: Dump folders; unfinished ones, and what is no run, are left out.
+        archive: File to write.
+
+    Raises:
+        ConfigError: none has finished.
+    """
+    finished = [folder for folder in folders if _finished(folder)]
+    if not finished:
+        raise ConfigError(f"nothing to pack into {archive}: no run has finished")
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "w:gz") as tar:
+        for folder in finished:
+            events = sorted(folder.glob("tb/*/events.out.tfevents.*"))
+            for file in [folder / REQUEST, *(folder / name for name in _RECORDS), *events]:
+                if file.is_file():
+                    tar.add(file, f"{folder.name}/{file.relative_to(folder)}")
+    return [folder.name for folder in finished]
+
+
+def unpack(archive: Path, folder: Path) -> list[str]:
+    """Take runs out of an archive into a folder; one that has finished there already stays.
+
+    Returns:
+        Names of the runs that were taken.
+
+    Raises:
+        ConfigError: the file is no archive of runs.
+    """
+    try:
+        with tarfile.open(archive) as tar:
+            members = tar.getmembers()
+            names = {member.name.partition("/")[0] for member in members}
+            taken = sorted(name for name in names if not _finished(folder / name))
+            chosen = [m for m in members if m.name.partition("/")[0] in taken]
+            tar.extractall(folder, chosen, filter="data")
+    except (tarfile.TarError, OSError) as error:
+        raise ConfigError(f"{archive} cannot be read as an archive of runs: {error}") from error
+    return taken
+
+
+def _finished(folder: Path) -> bool:
+    asked = folder / REQUEST
+    return asked.is_file() and json.loads(asked.read_text()).get("finished", False)

@@ -1,0 +1,244 @@
+"""A convergence check from end to end: a run per variant and seed, in order, then a verdict.
+
+    folder/VARIANT_seedN/    a run's dump folder (launch.Job)
+
+The control comes first for each seed, so that a check that was cut short has pairs to compare. A
+failed run does not stop the others: it is an error in the end, and never a pass.
+"""
+
+import json
+import time
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import ConfigError
+from .launch import REQUEST, Job, OutOfTime
+from .recipes import CONTROL
+from .runs import Run, read_run
+from .variants import Variant
+from .verdict import Thresholds, Verdict, judge, noise
+
+_LEAST_SECONDS = 60
+"""A run is not started with less time left: it would do nothing but start."""
+_REPORT_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run.
+
+    Attributes:
+        config: TOML of the jobs.
+        folder: Where each run gets its dump folder.
+        variants: The control first.
+        seeds: Of weights and of stochastic rounding. Ablations get the first alone.
+        ablation_seeds: Seeds of ablations in its place.
+        options: torchtitan's options for every run.
+        checkpoint_interval: Steps between checkpoints, from which an interrupted run goes on.
+    """
+
+    config: Path
+    folder: Path
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...]
+    ablation_seeds: tuple[int, ...] = ()
+    options: tuple[str, ...] = ()
+    checkpoint_interval: int = 500
+
+    def __post_init__(self):
+        if not self.config.is_file():
+            raise ConfigError(f"config file {self.config} is not there: see train_configs/")
+        if not self.variants or self.variants[0].recipe != CONTROL:
+            raise ConfigError(f"the first variant must be the control, {CONTROL}")
+        names = [variant.name for variant in self.variants]
+        if len(set(names)) < len(names) or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"a variant or a seed is named twice: {names}, seeds {self.seeds}")
+        if missing := set(self.ablation_seeds) - set(self.seeds):
+            raise ConfigError(f"the control has no seeds {sorted(missing)}: add them to --seeds")
+        if not self.seeds:
+            raise ConfigError("give at least one seed")
+
+    def seeds_of(self, variant: Variant) -> tuple[int, ...]:
+        """Seeds that a variant is run with."""
+        return (self.ablation_seeds or self.seeds[:1]) if variant.ablation else self.seeds
+
+    def jobs(self) -> dict[tuple[str, int], Job]:
+        """Jobs by variant and seed, judged variants seed by seed, then the ablations."""
+        judged = [v for v in self.variants if not v.ablation]
+        ablations = [v for v in self.variants if v.ablation]
+        pairs = [(v, seed) for seed in self.seeds for v in judged]
+        pairs += [(v, seed) for v in ablations for seed in self.seeds_of(v)]
+        return {(v.name, seed): self._job(v, seed) for v, seed in pairs}
+
+    def _job(self, variant: Variant, seed: int) -> Job:
+        options = (
+            *self.options,
+            *variant.arguments(),
+            f"--debug.seed={seed}",
+            f"--nvfp4.seed={seed}",
+            "--metrics.disable_color_printing",
+            "--checkpoint.enable",
+            f"--checkpoint.interval={self.checkpoint_interval}",
+            "--checkpoint.folder=checkpoint",
+            "--checkpoint.keep_latest_k=2",
+        )
+        folder = self.folder / f"{variant.name}_seed{seed}"
+        return Job(self.config, folder, options, keep_checkpoints=False)
+
+    def steps(self) -> int | None:
+        """Training steps of a run, for the time left; None where only torchtitan knows."""
+        steps = tomllib.loads(self.config.read_text()).get("training", {}).get("steps")
+        for i, option in enumerate(self.options):
+            name, _, value = option.partition("=")
+            if name == "--training.steps":
+                steps = int(value or self.options[i + 1])
+        return steps
+
+
+@dataclass
+class Found:
+    """Runs of a plan.
+
+    Attributes:
+        runs: By variant and seed.
+        errors: What went wrong instead.
+    """
+
+    runs: dict[tuple[str, int], Run] = field(default_factory=dict)
+    errors: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def of(self, variant: Variant) -> dict[int, Run]:
+        """A variant's runs by seed."""
+        return {seed: run for (name, seed), run in self.runs.items() if name == variant.name}
+
+
+def run_all(plan: Plan, time_limit: float | None = None) -> Found:
+    """Make the runs that have not finished; read all.
+
+    Args:
+        plan: What.
+        time_limit: Seconds after which the run in flight is told to save and stop.
+
+    Raises:
+        OutOfTime: the time limit came first.
+        ConfigError: a folder holds something else.
+    """
+    deadline = None if time_limit is None else time.monotonic() + time_limit
+    jobs, found = plan.jobs(), Found()
+    finished = {key: job.finished() for key, job in jobs.items()}
+    progress = Progress(plan.steps(), list(finished.values()).count(False))
+    for key, job in jobs.items():
+        if not finished[key]:
+            if deadline is not None and deadline - time.monotonic() < _LEAST_SECONDS:
+                left = list(finished.values()).count(False) - progress.ended
+                raise OutOfTime(f"{left} of {len(jobs)} runs are left: start again to go on")
+            progress.begin(job.folder.name)
+        try:
+            found.runs[key] = job.run(deadline, progress.step)
+        except ConfigError as error:
+            found.errors[key] = str(error)
+            print(f"error: {error}", flush=True)
+        if not finished[key]:
+            progress.end()
+    return found
+
+
+def read_all(plan: Plan) -> Found:
+    """Read the runs of a plan without starting any; what has not finished is an error.
+
+    A run counts by its folder's name and the options in its request.json, wherever it was made.
+    """
+    found = Found()
+    for key, job in plan.jobs().items():
+        try:
+            _check_request(job)
+            found.runs[key] = read_run(job.folder)
+        except ConfigError as error:
+            found.errors[key] = str(error)
+    return found
+
+
+def _check_request(job: Job) -> None:
+    asked = job.folder / REQUEST
+    if not asked.is_file():
+        raise ConfigError(f"{job.folder} is not there: the run is missing")
+    content = json.loads(asked.read_text())
+    if content["options"] != list(job.options):
+        raise ConfigError(f"{job.folder} was run with other options: {content['options']}")
+    if not content.get("finished"):
+        raise ConfigError(f"{job.folder} has not finished")
+
+
+def verdicts(plan: Plan, found: Found, limits: Thresholds) -> dict[str, Verdict | str]:
+    """A verdict per variant but the control; a message where there can be none."""
+    control, result = found.of(plan.variants[0]), {}
+    for variant in plan.variants[1:]:
+        seeds = plan.seeds_of(variant)
+        wanted = [(name, s) for s in seeds for name in (plan.variants[0].name, variant.name)]
+        errors = [found.errors[key] for key in wanted if key in found.errors]
+        if errors:
+            result[variant.name] = "; ".join(errors)
+            continue
+        try:
+            judged = not variant.ablation
+            result[variant.name] = judge(control, found.of(variant), limits, judged=judged)
+        except ConfigError as error:
+            result[variant.name] = str(error)
+    return result
+
+
+def control_noise(plan: Plan, found: Found, limits: Thresholds) -> float | None:
+    """Relative spread of the control's seeds; None of one seed or where a run is missing."""
+    runs = found.of(plan.variants[0])
+    whole = all(run.steps in run.validation for run in runs.values())
+    return noise(runs, limits.final_fraction) if len(runs) == len(plan.seeds) and whole else None
+
+
+class Progress:
+    """Prints where the runs are and about how long they will take.
+
+    Args:
+        steps: Of a run; None where they are not known.
+        count: Runs to make.
+    """
+
+    def __init__(self, steps: int | None, count: int):
+        self._steps, self._count = steps, count
+        self.ended = 0
+        self._seconds: list[float] = []  # of runs that were made from their first step on
+
+    def begin(self, name: str) -> None:
+        """A run starts."""
+        self._name, self._began, self._first = name, time.monotonic(), None
+        self._printed = time.monotonic()
+
+    def step(self, step: int, loss: str) -> None:
+        """Note the run's last step; print now and then."""
+        now = time.monotonic()
+        if not step or now - self._printed < _REPORT_SECONDS:
+            return
+        self._first = self._first or (step, now)
+        self._printed = now
+        place = f"[{self.ended + 1}/{self._count}] {self._name}"
+        print(f"{place}: step {step}/{self._steps}, loss {loss}{self._left(step, now)}", flush=True)
+
+    def end(self) -> None:
+        """The run has ended."""
+        self.ended += 1
+        self._seconds.append(time.monotonic() - self._began)
+
+    def _left(self, step: int, now: float) -> str:
+        first, since = self._first
+        if self._steps is None or step <= first:
+            return ""
+        pace = (now - since) / (step - first)
+        left = (self._steps - step) * pace
+        run = max([*self._seconds, self._steps * pace])
+        whole = left + (self._count - self.ended - 1) * run
+        return f", {clock(left)} left of it, {clock(whole)} of all"
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, such as "3m05s"."""
+    return f"{int(seconds) // 60}m{int(seconds) % 60:02}s"

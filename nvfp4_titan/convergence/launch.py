@@ -1,0 +1,178 @@
+"""Jobs that survive interruptions: started through `python -m nvfp4_titan.train`, gone on with.
+
+A job's folder holds request.json (TOML's hash, options, number of processes) beside its dump. A job
+that has finished with the same request is not run again, on whatever machine it was; one that was
+cut off goes on from its last checkpoint, or begins anew where it has none.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigError, UserError
+from .runs import Run, read_run
+
+REQUEST, LOG = "request.json", "log.txt"
+_CHECKPOINTS = "checkpoint"
+_STEP = re.compile(rb"step:\s+(\d+)\s.*?loss:\s+(\S+)")
+_POLL_SECONDS, _TAIL_BYTES = 0.2, 20_000
+_GRACE_SECONDS = 120
+"""How long a job that was told to stop may take to save."""
+
+
+class OutOfTime(UserError):
+    """The time limit ended before all jobs did; the same command goes on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to make.
+
+    Attributes:
+        config: TOML of the job.
+        folder: Its dump folder, of its own.
+        options: torchtitan's options.
+        keep_checkpoints: Whether a finished run keeps its checkpoints, of gigabytes.
+    """
+
+    config: Path
+    folder: Path
+    options: tuple[str, ...]
+    keep_checkpoints: bool = True
+
+    def request(self) -> dict:
+        """What must agree for a finished run to count."""
+        return {
+            "config_sha256": hashlib.sha256(self.config.read_bytes()).hexdigest(),
+            "options": list(self.options),
+            "ngpu": os.environ.get("NGPU", "1"),
+        }
+
+    def command(self) -> list[str]:
+        """What runs: torchrun's agent where NGPU is more than one."""
+        return [
+            sys.executable,
+            "-m",
+            "nvfp4_titan.train",
+            f"--job.config_file={self.config}",
+            *self.options,
+            f"--job.dump_folder={self.folder}",
+            "--metrics.enable_tensorboard",
+            "--metrics.save_tb_folder=tb",
+        ]
+
+    def finished(self) -> bool:
+        """Whether its folder holds the finished run of this very request.
+
+        Raises:
+            ConfigError: it holds another finished run, or something that is no run.
+        """
+        asked = self.folder / REQUEST
+        if not asked.is_file():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise ConfigError(
+                    f"{self.folder} holds something else than a run: use another folder"
+                )
+            return False
+        content = json.loads(asked.read_text())
+        if not content.pop("finished", False):
+            return False
+        if content != self.request():
+            differing = [key for key, value in self.request().items() if content.get(key) != value]
+            raise ConfigError(
+                f"{self.folder} holds a finished run with other {', '.join(differing)}: remove it, "
+                "use another folder, or ask for the same"
+            )
+        return True
+
+    def run(
+        self,
+        deadline: float | None = None,
+        watch: Callable[[int, str], None] = lambda step, loss: None,
+    ) -> Run:
+        """Run the job to its end, from where it was; nothing where it has finished.
+
+        Args:
+            deadline: `time.monotonic()` at which it is told to save and stop.
+            watch: Called with the last step and its loss (as printed) several times a second.
+
+        Raises:
+            ConfigError: the job failed.
+            OutOfTime: it was told to stop at the deadline.
+        """
+        if not self.finished():
+            self._prepare()
+            self._execute(deadline, watch)
+            run = read_run(self.folder)
+            if missing := run.missing_steps():
+                raise ConfigError(
+                    f"{self.folder} ended before step {missing[0]}, by a signal from elsewhere: "
+                    "start again to go on"
+                )
+            (self.folder / REQUEST).write_text(json.dumps(self.request() | {"finished": True}))
+        else:
+            run = read_run(self.folder)
+        if not self.keep_checkpoints:
+            shutil.rmtree(self.folder / _CHECKPOINTS, ignore_errors=True)
+        return run
+
+    def _prepare(self) -> None:
+        """Keep what can be gone on with; else begin with an empty folder."""
+        asked, request = self.folder / REQUEST, self.request()
+        same = asked.is_file() and json.loads(asked.read_text()) == request
+        if not same or not any(self.folder.glob(f"{_CHECKPOINTS}/step-*")):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        asked.write_text(json.dumps(request))
+
+    def _execute(self, deadline: float | None, watch: Callable[[int, str], None]) -> None:
+        path = self.folder / LOG
+        print(" ".join(self.command()[1:]), flush=True)
+        with path.open("ab") as log:
+            # In a session of its own: Ctrl-C reaches it as a request to save.
+            process = subprocess.Popen(
+                self.command(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        stopped = False
+        try:
+            while process.poll() is None:
+                if deadline is not None and time.monotonic() > deadline:
+                    stopped = True
+                    break
+                watch(*last_step(path))
+                time.sleep(_POLL_SECONDS)
+        finally:
+            _end(process)
+        if stopped:
+            raise OutOfTime(f"{self.folder.name} was stopped at its time limit")
+        if process.returncode:
+            raise ConfigError(f"the run of {self.folder.name} failed: see {path}")
+
+
+def last_step(log: Path) -> tuple[int, str]:
+    """The last step that a job's log names, and its loss; (0, "") where it names none."""
+    with log.open("rb") as lines:
+        lines.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        found = _STEP.findall(lines.read())
+    return (int(found[-1][0]), found[-1][1].decode()) if found else (0, "")
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Have a process save and end; its whole session, if it does not."""
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

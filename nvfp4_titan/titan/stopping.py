@@ -1,0 +1,39 @@
+"""SIGTERM during training: finish the step, save, and end in good order, on all ranks alike.
+
+Schedulers send it some time before they end a job, and so does scripts/check_convergence.py when
+its time is over. Without checkpoints the signal keeps its usual effect.
+"""
+
+import signal
+
+import torch
+from torch import distributed
+
+
+class StopRequest:
+    """Notes SIGTERM while it is installed (a context manager; main thread only)."""
+
+    def __init__(self):
+        self._here = False
+
+    def __enter__(self) -> "StopRequest":
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *error) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, number, frame) -> None:
+        self._here = True
+
+    def anywhere(self, device: torch.device) -> bool:
+        """Whether any rank was told to stop; all ranks call it at the same step.
+
+        Args:
+            device: Where the process group reduces.
+        """
+        if distributed.get_world_size() == 1:
+            return self._here
+        told = torch.tensor(int(self._here), device=device)
+        distributed.all_reduce(told, distributed.ReduceOp.MAX)
+        return bool(told)

@@ -1,0 +1,126 @@
+#!/usr/bin/env python
+"""Does a recipe train like bf16? scripts/check_convergence.py CONFIG --output docs/results/name
+
+Runs a job per variant and seed and writes OUTPUT.json (a list of runs), OUTPUT_verdict.json,
+OUTPUT.md and OUTPUT.png. Options after -- go to every job. NGPU=8 gives each job 8 processes.
+
+    scripts/check_convergence.py train_configs/llama3_150m.toml --output o --seeds 0 1 2 \
+        --variants bf16 nvfp4 no_rht -- --training.steps 3000
+
+A variant is a recipe (see docs/recipes.md), an ablation (no_tail, tail_05, tail_15, tail_30, no_sr,
+no_rht, weights_1x16, sr_forward), or "name=recipe option option ..". The first is the control.
+Interrupted, by Ctrl-C, SIGTERM or --time-limit, it goes on when called again, in the middle of a
+run. --pack writes the finished runs into one file, --take reads such files.
+
+Exit status: 0 all judged variants pass; 1 one does not, or a run failed, is missing or does not fit
+its control; 2 a setting that cannot be used; 3 the time limit came first.
+"""
+
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from nvfp4_titan.convergence.archive import pack, unpack
+from nvfp4_titan.convergence.check import Found, Plan, read_all, run_all, verdicts
+from nvfp4_titan.convergence.launch import OutOfTime
+from nvfp4_titan.convergence.variants import parse_variant
+from nvfp4_titan.convergence.verdict import Thresholds
+from nvfp4_titan.errors import UserError
+
+NOT_PASSED, USAGE, OUT_OF_TIME, INTERRUPTED = 1, 2, 3, 130
+
+
+@dataclass
+class Arguments:
+    """Run variants against a control over seeds, and judge them."""
+
+    config: tyro.conf.Positional[Path]
+    """TOML of the jobs; validation must be enabled."""
+    output: Path
+    """Path of the results, without a suffix."""
+    variants: tuple[str, ...] = ("bf16", "nvfp4")
+    """The control, then recipes, ablations, or "name=recipe option option .."."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of weights and stochastic rounding."""
+    ablation_seeds: tuple[int, ...] = ()
+    """Seeds of the ablations; the first of --seeds if empty."""
+    runs: Path = Path("outputs/check_convergence")
+    """Folder of the jobs' dump folders."""
+    time_limit: float | None = None
+    """Seconds after which the run in flight is saved and stopped (allow half a minute for it)."""
+    checkpoint_interval: int = 500
+    """Steps between checkpoints."""
+    launch: bool = True
+    """Off reads finished runs and starts none."""
+    report: bool = True
+    """Off makes runs and judges nothing, for machines without matplotlib."""
+    pack: Path | None = None
+    """Write the finished runs into this .tar.gz, however far the check got."""
+    take: tuple[Path, ...] = ()
+    """Archives of --pack to take finished runs from, made elsewhere with the same options."""
+    commit: str | None = None
+    """Commit of the source, where it is no git checkout."""
+    thresholds: tyro.conf.OmitArgPrefixes[Thresholds] = field(default_factory=Thresholds)
+    """What decides."""
+
+
+def main(argv: list[str]) -> int:
+    split = argv.index("--") if "--" in argv else len(argv)
+    arguments = tyro.cli(Arguments, args=argv[:split])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        plan = Plan(
+            arguments.config,
+            arguments.runs,
+            tuple(map(parse_variant, arguments.variants)),
+            arguments.seeds,
+            arguments.ablation_seeds,
+            tuple(argv[split + 1 :]),
+            arguments.checkpoint_interval,
+        )
+        for archive in arguments.take:
+            print(f"{archive}: took {', '.join(unpack(archive, arguments.runs)) or 'nothing new'}")
+        try:
+            found = run_all(plan, arguments.time_limit) if arguments.launch else read_all(plan)
+        finally:
+            _pack(arguments)
+        if not arguments.report:
+            return NOT_PASSED if found.errors else 0
+        return _report(arguments, plan, found)
+    except OutOfTime as stop:
+        print(f"{stop}", file=sys.stderr)
+        return OUT_OF_TIME
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("interrupted: call it again to go on", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _report(arguments: Arguments, plan: Plan, found: Found) -> int:
+    # matplotlib is not needed before.
+    from nvfp4_titan.convergence.report import passed, write_report
+
+    limits = arguments.thresholds
+    result = verdicts(plan, found, limits)
+    print(write_report(arguments.output, plan, found, result, limits, arguments.commit))
+    return 0 if passed(result) else NOT_PASSED
+
+
+def _pack(arguments: Arguments) -> None:
+    if arguments.pack is None:
+        return
+    folders = sorted(arguments.runs.iterdir()) if arguments.runs.is_dir() else []
+    try:
+        names = pack(folders, arguments.pack)
+        print(f"{arguments.pack}: {', '.join(names)}")
+    except UserError as error:
+        print(f"{error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
