@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_launch import EXACT, ptx_level
+from .triton_call import launch
+from .triton_launch import ptx_level
 from .triton_layout import group_bounds, padded, pick
 from .triton_rounding import gemm_exponent, number
 from .triton_unpack import cast
@@ -162,6 +163,14 @@ class GemmTile:
     num_warps: int
     num_stages: int
 
+    def constants(self, device: torch.device) -> dict[str, int]:
+        """What its kernels end their constants with."""
+        return {"BM": self.BM, "BN": self.BN, "BK": self.BK, "PTX": ptx_level(device)}
+
+    def options(self) -> dict[str, int]:
+        """How it is launched."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 INTERPRETED = GemmTile(32, 32, 32, 1, 1)
 AMPERE = GemmTile(128, 128, 32, 8, 4)
@@ -213,29 +222,20 @@ def grouped_mm_triton(
     tile = gemm_tile(a.device)
     # Every group, and the rows of none, may end in an incomplete tile.
     tiles = triton.cdiv(rows, tile.BM) + groups
-    _grouped_mm_kernel[(tiles * triton.cdiv(columns, tile.BN),)](
-        _dot_input(a),
-        _dot_input(b),
-        y,
-        a_amax,
-        b_amax,
-        offs,
-        rows,
-        columns,
-        b.shape[2 if b_transposed else 1],
-        groups,
-        a.shape[1],
-        b.shape[2],
-        b.shape[1] * b.shape[2],
-        TRANSPOSED=b_transposed,
-        GROUPS=triton.next_power_of_2(groups + 1),
-        BM=tile.BM,
-        BN=tile.BN,
-        BK=tile.BK,
-        PTX=ptx_level(a.device),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **EXACT,
+    launch(
+        _grouped_mm_kernel,
+        tiles * triton.cdiv(columns, tile.BN),
+        (
+            *(_dot_input(a), _dot_input(b), y, a_amax, b_amax, offs),
+            *(rows, columns, b.shape[2 if b_transposed else 1], groups),
+            *(a.shape[1], b.shape[2], b.shape[1] * b.shape[2]),
+        ),
+        {
+            "TRANSPOSED": b_transposed,
+            "GROUPS": triton.next_power_of_2(groups + 1),
+            **tile.constants(a.device),
+        },
+        **tile.options(),
     )
     return y
 
@@ -264,23 +264,11 @@ def grouped_wgrad_triton(
     groups, n, k = offs.shape[0], dy.shape[1], x.shape[1]
     dw = torch.empty((groups, n, k), dtype=out_dtype, device=dy.device)
     tile = gemm_tile(dy.device)
-    _grouped_wgrad_kernel[(groups * triton.cdiv(n, tile.BM) * triton.cdiv(k, tile.BN),)](
-        _dot_input(dy),
-        _dot_input(x),
-        dw,
-        dy_amax,
-        x_amax,
-        offs,
-        n,
-        k,
-        groups,
-        GROUPS=triton.next_power_of_2(groups),
-        BM=tile.BM,
-        BN=tile.BN,
-        BK=tile.BK,
-        PTX=ptx_level(dy.device),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **EXACT,
+    launch(
+        _grouped_wgrad_kernel,
+        groups * triton.cdiv(n, tile.BM) * triton.cdiv(k, tile.BN),
+        (_dot_input(dy), _dot_input(x), dw, dy_amax, x_amax, offs, n, k, groups),
+        {"GROUPS": triton.next_power_of_2(groups), **tile.constants(dy.device)},
+        **tile.options(),
     )
     return dw

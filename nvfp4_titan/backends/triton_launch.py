@@ -13,6 +13,7 @@ from ..errors import UnsupportedError
 from ..formats import BLOCK
 from ..numerics.grouped import padded_rows
 from .triton_amax import _amax_kernel
+from .triton_call import launch
 from .triton_quantize import _quantize_kernel
 from .triton_unpack import _alpha_kernel, _scale_kernel, _unpack_kernel
 
@@ -22,8 +23,6 @@ COLUMNS_PER_WARP = 128
 # Four programs of 128 threads on a multiprocessor: fewer do not hide their loads. What is not bf16
 # does not fit.
 MAX_REGISTERS = 128
-# A fused multiply-add would round where the oracle does not.
-EXACT = {"enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,8 @@ def _flat(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
-def _grid(slots: Slots, columns: int, width: int) -> tuple[int]:
-    return (slots.blocks * triton.cdiv(width, columns),)
+def _programs(slots: Slots, columns: int, width: int) -> int:
+    return slots.blocks * triton.cdiv(width, columns)
 
 
 def _warps(columns: int) -> int:
@@ -141,23 +140,22 @@ def amax_triton(
     t = _flat(t)
     if t.numel():
         columns = slots.tile_columns(MAX_COLUMNS)
-        _amax_kernel[_grid(slots, columns, slots.columns)](
-            t,
-            t.stride(0),
-            slots.offs,
-            amax,
-            slots.rows,
-            slots.columns,
-            slots.groups,
-            GROUPS=slots.groups_bound,
-            ROW=rows is not None,
-            ROW_RHT=rows is not None and rows.rht,
-            COL=cols is not None,
-            COL_RHT=cols is not None and cols.rht,
-            ROUND=t.dtype != torch.bfloat16,
+        constants = {
+            "GROUPS": slots.groups_bound,
+            "ROW": rows is not None,
+            "ROW_RHT": rows is not None and rows.rht,
+            "COL": cols is not None,
+            "COL_RHT": cols is not None and cols.rht,
+            "ROUND": t.dtype != torch.bfloat16,
             **slots.tile(t, columns),
+        }
+        sizes = (slots.rows, slots.columns, slots.groups)
+        launch(
+            _amax_kernel,
+            _programs(slots, columns, slots.columns),
+            (t, t.stride(0), slots.offs, amax, *sizes),
+            constants,
             num_warps=_warps(columns),
-            **EXACT,
         )
     return amax.view(torch.float32)
 
@@ -191,36 +189,28 @@ def quantize_triton(
     if not t.numel():
         return
     columns = slots.tile_columns(MAX_COLUMNS)
-    flags = {}
+    constants = {"GROUPS": slots.groups_bound}
     for name, use in (("ROW", rows), ("COL", cols)):
-        flags[name] = use is not None
+        constants[name] = use is not None
         use = use or Use(False, False, False, False, False)
         for field in ("square", "sr", "rht", "packed", "values"):
-            flags[f"{name}_{field.upper()}"] = getattr(use, field)
+            constants[f"{name}_{field.upper()}"] = getattr(use, field)
     integer = (torch.uint8, torch.uint8, torch.int16)
     pointers = [t.view(dtype) for t, dtype in zip(outputs, integer * 2, strict=True)]
     # A short last dim: padding is written, so the tile must reach it.
     width = triton.cdiv(slots.columns, BLOCK) * BLOCK
-    _quantize_kernel[_grid(slots, columns, width)](
-        t,
-        t.stride(0),
-        slots.offs,
-        amax,
-        *pointers,
-        slots.rows,
-        slots.columns,
-        slots.groups,
-        *offset,
-        *streams,
-        *_words(key),
-        GROUPS=slots.groups_bound,
-        **flags,
-        ROUND=t.dtype != torch.bfloat16,
-        **slots.tile(t, columns),
-        PTX=ptx_level(t.device),
+    constants["ROUND"] = t.dtype != torch.bfloat16
+    constants |= slots.tile(t, columns)
+    constants["PTX"] = ptx_level(t.device)
+    sizes = (slots.rows, slots.columns, slots.groups)
+    counters = (*offset, *streams, *_words(key))
+    launch(
+        _quantize_kernel,
+        _programs(slots, columns, width),
+        (t, t.stride(0), slots.offs, amax, *pointers, *sizes, *counters),
+        constants,
         num_warps=_warps(columns),
         maxnreg=MAX_REGISTERS if t.dtype == torch.bfloat16 else None,
-        **EXACT,
     )
 
 
@@ -250,28 +240,25 @@ def unpack_triton(
     if not values.numel():
         return
     columns = slots.tile_columns(2 * MAX_COLUMNS)
-    _unpack_kernel[_grid(slots, columns, slots.columns)](
-        codes,
-        scale.view(torch.uint8),
-        amax,
-        slots.offs,
-        values.view(torch.int16),
-        slots.rows,
-        slots.columns,
-        slots.groups,
-        GROUPS=slots.groups_bound,
-        COLUMNS=along_rows,
-        C=columns,
-        PTX=ptx_level(values.device),
+    tensors = (codes, scale.view(torch.uint8), amax, slots.offs, values.view(torch.int16))
+    launch(
+        _unpack_kernel,
+        _programs(slots, columns, slots.columns),
+        (*tensors, slots.rows, slots.columns, slots.groups),
+        {
+            "GROUPS": slots.groups_bound,
+            "COLUMNS": along_rows,
+            "C": columns,
+            "PTX": ptx_level(values.device),
+        },
         num_warps=max(1, _warps(columns) // 2),
-        **EXACT,
     )
 
 
 def alpha_triton(a_amax: torch.Tensor, b_amax: torch.Tensor) -> torch.Tensor:
     """(2,) fp32: alpha of a GEMM whose operands have these amaxes (scalars), and 0."""
     alpha = torch.empty(2, dtype=torch.float32, device=a_amax.device)
-    _alpha_kernel[(1,)](a_amax, b_amax, alpha, num_warps=1, **EXACT)
+    launch(_alpha_kernel, 1, (a_amax, b_amax, alpha), {}, num_warps=1)
     return alpha
 
 
@@ -279,7 +266,7 @@ def scale_triton(acc: torch.Tensor, alpha: torch.Tensor, out_dtype: torch.dtype)
     """Products of acc (fp32, contiguous) with alpha[0], rounded once to out_dtype."""
     out = torch.empty_like(acc, dtype=out_dtype)
     if acc.numel():
-        _scale_kernel[(triton.cdiv(acc.numel(), 1024),)](
-            acc, alpha, out, acc.numel(), C=1024, PTX=ptx_level(acc.device), **EXACT
-        )
+        constants = {"C": 1024, "PTX": ptx_level(acc.device)}
+        programs = triton.cdiv(acc.numel(), constants["C"])
+        launch(_scale_kernel, programs, (acc, alpha, out, acc.numel()), constants, num_warps=4)
     return out

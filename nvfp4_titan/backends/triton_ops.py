@@ -20,6 +20,7 @@ from ..formats import BLOCK
 from ..numerics.grouped import padded_rows
 from ..recipe import OperandFormat
 from . import cublas
+from .registration import fake_of, functional_op
 
 _T = torch.Tensor
 SEVEN_TENSORS = tuple[_T, _T, _T, _T, _T, _T, _T]
@@ -80,7 +81,7 @@ def _groups(t: torch.Tensor, offs: torch.Tensor | None) -> tuple[int, ...]:
     return tuple(t.shape[:-2])
 
 
-@torch.library.custom_op("nvfp4_titan::triton_amax", mutates_args=())
+@functional_op("triton_amax")
 def amax(t: torch.Tensor, offs: torch.Tensor | None, rows: str, cols: str) -> torch.Tensor:
     """Amaxes (2,) of the two uses of t (M, K), or (2, E) where t is grouped."""
     launch = _module("triton_launch")
@@ -88,12 +89,12 @@ def amax(t: torch.Tensor, offs: torch.Tensor | None, rows: str, cols: str) -> to
     return amaxes.view(2, *_groups(t, offs))
 
 
-@amax.register_fake
+@fake_of("triton_amax")
 def _(t, offs, rows, cols):
     return t.new_empty((2, *_groups(t, offs)), dtype=torch.float32)
 
 
-@torch.library.custom_op("nvfp4_titan::triton_quantize", mutates_args=())
+@functional_op("triton_quantize")
 def quantize(
     t: torch.Tensor,
     offs: torch.Tensor | None,
@@ -119,13 +120,13 @@ def quantize(
     return (*outputs, amaxes.view(2, *_groups(t, offs)))
 
 
-@quantize.register_fake
+@fake_of("triton_quantize")
 def _(t, offs, rows, cols, streams, key, amax, offset):
     outputs = _outputs(t, offs, rows, cols, t.new_empty)
     return (*outputs, t.new_empty((2, *_groups(t, offs)), dtype=torch.float32))
 
 
-@torch.library.custom_op("nvfp4_titan::triton_unpack", mutates_args=())
+@functional_op("triton_unpack")
 def unpack(
     codes: torch.Tensor,
     scale: torch.Tensor,
@@ -150,7 +151,7 @@ def _values(codes: torch.Tensor, along_rows: bool) -> torch.Tensor:
     return codes.new_empty(shape, dtype=torch.bfloat16)
 
 
-@unpack.register_fake
+@fake_of("triton_unpack")
 def _(codes, scale, amax, offs, along_rows):
     return _values(codes, along_rows)
 
@@ -163,7 +164,7 @@ def _explain_missing_cublas() -> None:
     )
 
 
-@torch.library.custom_op("nvfp4_titan::triton_gemm", mutates_args=())
+@functional_op("triton_gemm")
 def gemm(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -206,12 +207,12 @@ def gemm(
     return launch.scale_triton(acc, alpha, out_dtype)
 
 
-@gemm.register_fake
+@fake_of("triton_gemm")
 def _(a, b, a_amax, b_amax, a_transposed, b_transposed, columns, out_dtype):
     return a.new_empty((a.shape[1 if a_transposed else 0], columns), dtype=out_dtype)
 
 
-@torch.library.custom_op("nvfp4_titan::triton_grouped_mm", mutates_args=())
+@functional_op("triton_grouped_mm")
 def grouped_mm(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -228,12 +229,12 @@ def grouped_mm(
     )
 
 
-@grouped_mm.register_fake
+@fake_of("triton_grouped_mm")
 def _(a, b, a_amax, b_amax, offs, b_transposed, columns, out_dtype):
     return a.new_empty((a.shape[0], columns), dtype=out_dtype)
 
 
-@torch.library.custom_op("nvfp4_titan::triton_grouped_wgrad", mutates_args=())
+@functional_op("triton_grouped_wgrad")
 def grouped_wgrad(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -248,6 +249,6 @@ def grouped_wgrad(
     )
 
 
-@grouped_wgrad.register_fake
+@fake_of("triton_grouped_wgrad")
 def _(dy, x, dy_amax, x_amax, offs, out_dtype):
     return dy.new_empty((offs.shape[0], dy.shape[1], x.shape[1]), dtype=out_dtype)

@@ -11,7 +11,7 @@ if sys.platform != "linux":
 import triton
 import triton.language as tl
 
-from nvfp4_titan.backends import triton_launch
+from nvfp4_titan.backends import triton_call, triton_launch
 from nvfp4_titan.backends import triton_rounding as kernels
 
 pytestmark = pytest.mark.gpu
@@ -60,7 +60,7 @@ def differing(what: str, x: torch.Tensor) -> int:
     forms = torch.empty((2, x.numel()), dtype=torch.int32, device="cuda")
     level = triton_launch.ptx_level(x.device)
     _kernel[(x.numel() // SIZE,)](
-        x, random, forms, x.numel(), what, level, SIZE, **triton_launch.EXACT
+        x, random, forms, x.numel(), what, level, SIZE, **triton_call.EXACT
     )
     return int((forms[0] != forms[1]).sum())
 
