@@ -9,15 +9,16 @@ import torch
 from ..errors import ConfigError, UnsupportedError
 from ..recipe import Recipe
 from .backend import Backend, OperandUse, stream
+from .native import NATIVE, NATIVE_SOFTWARE_SR
 from .reference import REFERENCE
 from .triton import TRITON
 
 __all__ = ["AUTO_ORDER", "BACKENDS", "BACKEND_NAMES", "Backend", "OperandUse", "resolve", "stream"]
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
-    {backend.name: backend for backend in (REFERENCE, TRITON)}
+    {backend.name: backend for backend in (REFERENCE, TRITON, NATIVE, NATIVE_SOFTWARE_SR)}
 )
-BACKEND_NAMES = ("auto", "reference", "triton", "native")
+BACKEND_NAMES = ("auto", *BACKENDS)
 # "triton" joins once its GPU tests have run on a GPU; until then it is asked for by name.
 AUTO_ORDER = ("native", "reference")
 
