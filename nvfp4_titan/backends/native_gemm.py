@@ -145,8 +145,8 @@ def multiply_slots(
 def _written(gemms: Gemms, out_dtype: torch.dtype) -> torch.dtype:
     if out_dtype not in gemms.grouped_dtypes:
         raise UnsupportedError(
-            f"backend 'native': torch's scaled_grouped_mm writes bfloat16, not {out_dtype}: run the "
-            "experts in bfloat16 (FSDP's or autocast's), or use backend = 'triton'"
+            f"backend 'native': torch's scaled_grouped_mm writes bfloat16, not {out_dtype}: run "
+            "the experts in bfloat16 (FSDP's or autocast's), or use backend = 'triton'"
         )
     return out_dtype
 

@@ -185,5 +185,7 @@ def transpose_native(
 def clear_tail_native(y: torch.Tensor, offs: torch.Tensor) -> None:
     """Zero the rows of y (M, N) that belong to no group."""
     if y.numel():
-        columns = min(1024, triton.next_power_of_2(y.shape[1]))
-        _clear_tail_kernel[(y.shape[0],)](y, offs, *y.shape, offs.shape[0], C=columns)
+        rows, width = y.shape
+        columns = min(1024, triton.next_power_of_2(width))
+        grid = (rows, triton.cdiv(width, columns))
+        _clear_tail_kernel[grid](y, offs, width, offs.shape[0], C=columns)

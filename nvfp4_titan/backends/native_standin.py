@@ -128,6 +128,4 @@ def _groups_of_slots(mat_a, mat_b, scale_a, scale_b, offs, dtype):
     return dw
 
 
-STAND_IN = Gemms(
-    scaled_mm, scaled_grouped_mm, (torch.bfloat16, torch.float32, torch.float16)
-)
+STAND_IN = Gemms(scaled_mm, scaled_grouped_mm, (torch.bfloat16, torch.float32, torch.float16))

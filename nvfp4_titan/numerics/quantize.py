@@ -66,7 +66,7 @@ class QuantizedOperand:
 
     @property
     def plain_scale(self) -> torch.Tensor:
-        """(..., Kp / block) block scales, whatever layout they are kept in (no groups of tokens)."""
+        """(..., Kp / block) block scales, however they are kept; not for groups of tokens."""
         scale, codes = self.block_scale, self.codes
         if scale.dim() == codes.dim():
             return scale
