@@ -30,14 +30,18 @@ def to_blocked(scale: torch.Tensor) -> torch.Tensor:
     padded_rows, padded_columns = blocked_shape(rows, columns)
     padded = torch.zeros(padded_rows, padded_columns, dtype=torch.uint8, device=scale.device)
     padded[:rows, :columns] = scale.view(torch.uint8)
-    tiles = padded.view(-1, 4, 32, padded_columns // TILE_COLUMNS, TILE_COLUMNS)
+    tiles = padded.view(
+        padded_rows // TILE_ROWS, 4, 32, padded_columns // TILE_COLUMNS, TILE_COLUMNS
+    )
     # (tile row, row // 32, row % 32, tile column, column) -> (.., row % 32, row // 32, column)
     return tiles.permute(0, 3, 2, 1, 4).reshape(-1).view(scale.dtype)
 
 
 def from_blocked(blocked: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Inverse of `to_blocked`: back to (rows, columns), padding dropped."""
-    tile_columns = -(-columns // TILE_COLUMNS)
-    tiles = blocked.view(torch.uint8).view(-1, tile_columns, 32, 4, TILE_COLUMNS)
-    plain = tiles.permute(0, 3, 2, 1, 4).reshape(-1, tile_columns * TILE_COLUMNS)
+    padded_rows, padded_columns = blocked_shape(rows, columns)
+    tile_columns = padded_columns // TILE_COLUMNS
+    tiles = blocked.view(torch.uint8)[: padded_rows * padded_columns]
+    tiles = tiles.view(padded_rows // TILE_ROWS, tile_columns, 32, 4, TILE_COLUMNS)
+    plain = tiles.permute(0, 3, 2, 1, 4).reshape(padded_rows, padded_columns)
     return plain[:rows, :columns].contiguous().view(blocked.dtype)

@@ -172,13 +172,13 @@ def test_native_recipes_give_the_references_bits(recipe):
     check_equal(*(draw(shape, torch.bfloat16) for shape in shapes), offs, recipe)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 95, 1), (33, 1, 7)])
+@pytest.mark.parametrize("shape", [(0, 16, 16), (1, 1, 1), (5, 95, 1), (33, 1, 7)])
 def test_native_narrow_gemms_differ_in_the_order_of_sums_alone(shape):
     m, k, n = shape
     tensors = [draw(shape, torch.float32) for shape in ((m, k), (n, k), (m, n))]
     both = (run(b, *tensors) for b in (STAND_IN, REFERENCE))
     for mine, wanted in zip(*both, strict=True):
-        torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
+        torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-6 * float(wanted.norm()))
 
 
 @settings(max_examples=5, deadline=None, derandomize=True)
