@@ -124,11 +124,17 @@ def _wgrad(
 def _unavailable(device: str | None = None) -> str | None:
     """None where it can run, else why not."""
     reason = TRITON.unavailable(device)
-    if reason is not None or torch.compiler.is_compiling():
+    if reason is not None:
         return reason
+    return _refusal_here() or None
+
+
+@torch.compiler.assume_constant_result
+def _refusal_here() -> str:
+    """`refusal` of this machine's GPU, "" for none: compilers do not trace the query, they ask."""
     if not torch.cuda.is_available():
         return "there is no CUDA GPU"
-    return refusal(torch.cuda.get_device_capability(), torch.cuda.get_device_name())
+    return refusal(torch.cuda.get_device_capability(), torch.cuda.get_device_name()) or ""
 
 
 def refusal(capability: tuple[int, int], name: str) -> str | None:

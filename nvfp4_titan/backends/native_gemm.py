@@ -151,7 +151,22 @@ def _written(gemms: Gemms, out_dtype: torch.dtype) -> torch.dtype:
     return out_dtype
 
 
+def grouped_refusal(capability: tuple[int, int]) -> str | None:
+    """Why torch has no grouped FP4 GEMM for a GPU, None where it may have one."""
+    if capability[0] == 10:
+        return None
+    major, minor = capability
+    return (
+        f"torch's scaled_grouped_mm has no FP4 for sm_{major}{minor}, only for sm_100 and sm_103: "
+        "use backend = 'triton' for the experts (nvfp4.experts = false leaves them out)"
+    )
+
+
 def _grouped(gemms: Gemms, a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, options: dict):
+    if gemms is TORCH and a.device.type == "cuda":
+        reason = grouped_refusal(torch.cuda.get_device_capability(a.device))
+        if reason is not None:
+            raise UnsupportedError(reason)
     try:
         return gemms.grouped(a, b, offs=offs, **options)
     except NotImplementedError as error:

@@ -65,6 +65,30 @@ def test_native_runs_from_blackwell_on(capability, runs):
     assert runs or "has no FP4 tensor cores" in reason and "backend = 'triton'" in reason
 
 
+def pick(x):
+    """1 where auto picks native."""
+    return x + (resolve("auto", RECIPES["nvfp4"], "cuda").name == "native")
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
+def test_native_is_picked_by_the_gpu_that_is_there(capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA GPU")
+    assert pick(0) == (capability == (10, 0))
+
+
+@pytest.mark.parametrize("reason", ["", "it is old"])
+def test_native_is_picked_by_the_gpu_that_is_there_when_compiled(reason, monkeypatch):
+    # A GPU cannot be feigned here: dynamo would start it.
+    here = torch.compiler.assume_constant_result(lambda: reason)
+    monkeypatch.setattr(native, "_refusal_here", here)
+    monkeypatch.setattr(native, "TRITON", replace(BACKENDS["triton"], unavailable=lambda _: None))
+    torch._dynamo.reset()
+    compiled = torch.compile(pick, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(())).item() == (not reason)
+
+
 @no_gpu
 @pytest.mark.parametrize("name", ["native", "native_software_sr"])
 def test_native_is_refused_without_a_gpu_and_auto_passes_it_over(name):
@@ -101,6 +125,13 @@ def test_native_grouped_gemms_name_what_torch_lacks():
         native_gemm.multiply_groups(gemms, *operands, offs, torch.bfloat16)
     with pytest.raises(UnsupportedError, match="writes bfloat16, not torch.float32"):
         native_gemm.multiply_groups(gemms, *operands, offs, torch.float32)
+
+
+@pytest.mark.parametrize("capability", [(10, 0), (10, 3), (11, 0), (12, 0)])
+def test_native_grouped_gemms_are_refused_where_torch_has_none(capability):
+    reason = native_gemm.grouped_refusal(capability)
+    assert (reason is None) == (capability[0] == 10)
+    assert reason is None or "backend = 'triton'" in reason
 
 
 # Layout
