@@ -129,12 +129,15 @@ def _unavailable(device: str | None = None) -> str | None:
     return _refusal_here() or None
 
 
-@torch.compiler.assume_constant_result
 def _refusal_here() -> str:
     """`refusal` of this machine's GPU, "" for none: compilers do not trace the query, they ask."""
     if not torch.cuda.is_available():
         return "there is no CUDA GPU"
     return refusal(torch.cuda.get_device_capability(), torch.cuda.get_device_name()) or ""
+
+
+# What torch.compiler.assume_constant_result does (torch 2.11 to 2.13); that imports Triton.
+_refusal_here._dynamo_marked_constant = True
 
 
 def refusal(capability: tuple[int, int], name: str) -> str | None:

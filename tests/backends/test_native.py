@@ -81,7 +81,13 @@ def test_native_is_picked_by_the_gpu_that_is_there(capability, monkeypatch):
 @pytest.mark.parametrize("reason", ["", "it is old"])
 def test_native_is_picked_by_the_gpu_that_is_there_when_compiled(reason, monkeypatch):
     # A GPU cannot be feigned here: dynamo would start it.
-    here = torch.compiler.assume_constant_result(lambda: reason)
+    assert native._refusal_here._dynamo_marked_constant
+
+    def here():
+        torch._dynamo.graph_break()  # not traced
+        return reason
+
+    here._dynamo_marked_constant = True
     monkeypatch.setattr(native, "_refusal_here", here)
     monkeypatch.setattr(native, "TRITON", replace(BACKENDS["triton"], unavailable=lambda _: None))
     torch._dynamo.reset()
