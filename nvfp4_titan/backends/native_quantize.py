@@ -30,12 +30,14 @@ from .triton_rounding import (
     block_scales,
     e2m1,
     nibble,
+    number,
     philox,
     rht_columns,
     rht_rows,
     round_bf16,
     round_bits,
     tensor_scales,
+    to_fp32,
 )
 
 
@@ -153,7 +155,20 @@ def quarters(blocks, SIZE: tl.constexpr):
 
 
 @triton.jit
+def load_row(x_ptr, stride, row, end, columns, K, ROUND: tl.constexpr):
+    """A row of a tile again, as fp32; rounded to bf16 with ROUND."""
+    pointers = x_ptr + row.to(tl.int64) * stride + columns
+    x = to_fp32(tl.load(pointers, mask=below(columns, K, row < end), other=0.0))
+    if ROUND:
+        x = number(round_bits(bits(x)))
+    return x
+
+
+@triton.jit
 def write_rows(
+    x_ptr,
+    stride,
+    K,
     tile,
     amax,
     codes_ptr,
@@ -171,13 +186,21 @@ def write_rows(
     SQUARE: tl.constexpr,
     SR: tl.constexpr,
     RHT: tl.constexpr,
+    ROUND: tl.constexpr,
     HARDWARE_SR: tl.constexpr,
     C: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """Quantize a tile along its columns and store it; as triton_quantize.quantize_rows.
 
+    Rows are read again, one at a time: with all 16 unrolled, compilers interleave them and run out
+    of registers (triton 3.6: 253 of 255, and spills).
+
     Args that differ:
+        x_ptr: The input; stride, K: of it.
+        stride: See x_ptr.
+        K: See x_ptr.
+        tile: The tile, read with SQUARE alone.
         codes_ptr: int16, (R, Kp / 4).
         scale_ptr: uint8, blocked.
         scale_row: Row of the tile's first in the scales.
@@ -186,19 +209,23 @@ def write_rows(
     scales = tensor_scales(amax)
     blocks = column // 16 + tl.arange(0, C // 16)
     fours = column // 4 + tl.arange(0, C // 4)
-    if RHT:
-        transformed = ()
-        for i in tl.static_range(16):
-            transformed = transformed + (round_bf16(rht_rows(tile[i], C), PTX),)
-        tile = transformed
+    columns = column + tl.arange(0, C)
     if SQUARE:
+        if RHT:
+            transformed = ()
+            for i in tl.static_range(16):
+                transformed = transformed + (round_bf16(rht_rows(tile[i], C), PTX),)
+            tile = transformed
         block_amax = amax_of_blocks(tile_amax(tile), C)
         code, _, encode = block_scales(block_amax, scales, PTX)
-    for i in tl.static_range(16):
+    for i in range(16):
         row = first_row + i
         exists = row < end
+        x = load_row(x_ptr, stride, row, end, columns, K, ROUND and RHT)
+        if RHT:
+            x = round_bf16(rht_rows(x, C), PTX)
         if not SQUARE:
-            block_amax = amax_of_blocks(bits(tile[i]) & MAGNITUDE_BITS, C)
+            block_amax = amax_of_blocks(bits(x) & MAGNITUDE_BITS, C)
             code, _, encode = block_scales(block_amax, scales, PTX)
         word = 0
         if SR:
@@ -209,7 +236,7 @@ def write_rows(
             low = tl.where(quarter == 0, quarters(w[0], C), quarters(w[1], C))
             high = tl.where(quarter == 2, quarters(w[2], C), quarters(w[3], C))
             word = tl.where(quarter < 2, low, high)
-        even, odd = tl.split(tl.reshape(tile[i], (C // 4, 2, 2)))
+        even, odd = tl.split(tl.reshape(x, (C // 4, 2, 2)))
         x0, x2 = tl.split(even)
         x1, x3 = tl.split(odd)
         packed = codes_of_four(x0, x1, x2, x3, quarters(encode, C), word, SR, HARDWARE_SR, PTX)
@@ -352,6 +379,9 @@ def _native_quantize_kernel(
     if ROW:
         amax = tl.load(amax_ptr + group, mask=needed, other=0.0)
         write_rows(
+            x_ptr,
+            stride,
+            K,
             as_bf16(tile, ROUND and ROW_RHT),
             amax,
             row_codes_ptr,
@@ -369,6 +399,7 @@ def _native_quantize_kernel(
             ROW_SQUARE,
             ROW_SR,
             ROW_RHT,
+            ROUND,
             HARDWARE_SR,
             C,
             PTX,
