@@ -9,7 +9,8 @@ from ..formats import BLOCK
 from ..numerics.grouped import padded_rows
 from ..recipe import OperandFormat
 from .native_layout import PAD, operand_shapes, padded_size
-from .native_quantize import _clear_tail_kernel, _native_quantize_kernel, _transpose_kernel
+from .native_quantize import _native_quantize_kernel
+from .native_transpose import _clear_tail_kernel, _transpose_kernel
 from .triton_launch import (
     EXACT,
     MAX_COLUMNS,

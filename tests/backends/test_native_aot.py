@@ -16,11 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nvfp4_titan.backends.native_quantize import (
-    _clear_tail_kernel,
-    _native_quantize_kernel,
-    _transpose_kernel,
-)
+from nvfp4_titan.backends.native_quantize import _native_quantize_kernel
+from nvfp4_titan.backends.native_transpose import _clear_tail_kernel, _transpose_kernel
 
 POINTERS = {
     "x_ptr": "*bf16",
