@@ -9,15 +9,16 @@ import torch
 from ..errors import ConfigError, UnsupportedError
 from ..recipe import Recipe
 from .backend import Backend, OperandUse, stream
+from .native import NATIVE, NATIVE_SOFTWARE_SR
 from .reference import REFERENCE
 from .triton import TRITON
 
 __all__ = ["AUTO_ORDER", "BACKENDS", "BACKEND_NAMES", "Backend", "OperandUse", "resolve", "stream"]
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
-    {backend.name: backend for backend in (REFERENCE, TRITON)}
+    {backend.name: backend for backend in (REFERENCE, TRITON, NATIVE, NATIVE_SOFTWARE_SR)}
 )
-BACKEND_NAMES = ("auto", "reference", "triton", "native")
+BACKEND_NAMES = ("auto", *BACKENDS)
 AUTO_ORDER = ("native", "triton", "reference")
 
 _logger = logging.getLogger(__name__)

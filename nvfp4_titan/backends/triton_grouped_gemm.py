@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 
 from .triton_call import launch
+from .triton_codes import gemm_exponent
 from .triton_launch import ptx_level
 from .triton_layout import group_bounds, padded, pick
-from .triton_rounding import gemm_exponent, number
+from .triton_rounding import number
 from .triton_unpack import cast
 
 

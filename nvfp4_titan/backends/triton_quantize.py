@@ -2,7 +2,7 @@
 
 Per use and element, an operand may be written as
 
-    values   bf16 `lut[q] * S_b * 2**e`, what the emulated GEMM multiplies (triton_rounding.py)
+    values   bf16 `lut[q] * S_b * 2**e`, what the emulated GEMM multiplies (triton_codes.py)
     packed   two codes a byte, and an e4m3 scale per block
 
 and a tile is read from memory once for all of them. Row operands (contraction along columns):
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .triton_amax import larger, tile_amax
+from .triton_codes import e2m1, gemm_bits, gemm_factor, gemm_factor_bits, pack_codes
 from .triton_layout import (
     all_or,
     as_bf16,
@@ -31,11 +32,6 @@ from .triton_rounding import (
     bf16_mantissa,
     bits,
     block_scales,
-    e2m1,
-    gemm_bits,
-    gemm_factor,
-    gemm_factor_bits,
-    pack_codes,
     philox,
     rht_columns,
     rht_rows,

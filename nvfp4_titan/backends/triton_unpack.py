@@ -1,23 +1,16 @@
 """Packed operands to what the emulated GEMM multiplies, and that GEMM's alpha.
 
 Values are bf16 `lut[q] * S_b * 2**e`, alpha the product of what e leaves of the two operands'
-decode scales (triton_rounding.gemm_exponent).
+decode scales (triton_codes.gemm_exponent).
 """
 
 import triton
 import triton.language as tl
 
+from .triton_codes import gemm_exponent, gemm_factor, gemm_factor_bits, unpack_codes
 from .triton_layout import below, locate
 from .triton_quantize import spread
-from .triton_rounding import (
-    bits,
-    e4m3_value,
-    gemm_exponent,
-    gemm_factor,
-    gemm_factor_bits,
-    round_bits,
-    unpack_codes,
-)
+from .triton_rounding import bits, e4m3_value, round_bits
 
 
 @triton.jit

@@ -209,7 +209,7 @@ class QuantizingShard(torch.Tensor):
         use = OperandUse(gather.format, stream("fprop", "right"))
         amaxes = amax_of_uses(amax, shard.dtype)
         operand, _ = gather.backend.quantize(shard, use, None, amax=amaxes)
-        scale = operand.block_scale[..., :: gather.format.block[0], :].contiguous()
+        scale = operand.plain_scale[..., :: gather.format.block[0], :].contiguous()
         return (operand.codes, scale.view(torch.uint8)), None
 
     def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):

@@ -15,6 +15,7 @@ import torch
 
 from ..formats import BLOCK
 from ..recipe import OperandFormat
+from .layout import TILE_ROWS, blocked_shape, from_blocked
 from .quantize import (
     QuantizedOperand,
     block_amaxes,
@@ -79,6 +80,33 @@ def group_layout(offs: torch.Tensor, rows: int, block: int = BLOCK) -> GroupLayo
         block_group=slot_group[::block],
         block_in_group=in_group[::block] // block,
     )
+
+
+def padded_ends(offs: torch.Tensor, block: int, least: int = 0) -> torch.Tensor:
+    """(E,) int32 ends of groups padded to whole blocks, and to `least` slots where they are less.
+
+    Args:
+        offs: (E,) int32 cumulative group ends.
+        block: Slots of a block.
+        least: 0, or whole blocks that every group has.
+    """
+    sizes = torch.diff(offs, prepend=offs.new_zeros(1))
+    sizes = ((sizes + block - 1) // block * block).clamp(min=least)
+    return sizes.cumsum(0, dtype=torch.int32)
+
+
+def blocked_rows(offs: torch.Tensor, rows: int) -> torch.Tensor:
+    """(M,) int64: where the native layout keeps the scales of each row of M tokens in groups.
+
+    Each group's rows begin a row of tiles (numerics/layout.py); rows of no group follow the last.
+    """
+    ends = torch.cat((offs, offs.new_full((1,), rows)))
+    starts = torch.cat((offs.new_zeros(1), offs))
+    padded = padded_ends(ends, TILE_ROWS)
+    padded_starts = torch.cat((offs.new_zeros(1), padded[:-1]))
+    row = torch.arange(rows, device=offs.device)
+    group = torch.searchsorted(ends.to(torch.int64), row, right=True)
+    return row - starts[group] + padded_starts[group]
 
 
 def quantize_tokens(
@@ -226,7 +254,7 @@ def dequantize_tokens(
     Returns:
         (M, K) of `dtype`; rows of no group are 0.
     """
-    values = scaled_values(operand.codes, operand.block_scale, fmt=operand.format)
+    values = scaled_values(operand.codes, _plain_scale(operand, offs), fmt=operand.format)
     rows = torch.arange(values.shape[0], device=offs.device)
     group = torch.searchsorted(offs.to(torch.int64), rows, right=True)
     scale = operand.global_scale
@@ -235,6 +263,17 @@ def dequantize_tokens(
     # where, not a product with 0: padding may hold NaN.
     values = torch.where(group.unsqueeze(1) < offs.shape[0], values * scale, 0.0)
     return values[:, : operand.K].to(dtype)
+
+
+def _plain_scale(operand: QuantizedOperand, offs: torch.Tensor) -> torch.Tensor:
+    """(M, Kp / block) scales of tokens in groups, whatever layout they are kept in."""
+    if operand.block_scale.dim() == operand.codes.dim():
+        return operand.block_scale
+    row = blocked_rows(offs, operand.codes.shape[0])
+    columns = operand.codes.shape[1] * operand.format.codes_per_byte // operand.format.block
+    rows = operand.block_scale.numel() // blocked_shape(1, columns)[1]
+    plain = from_blocked(operand.block_scale, rows, columns).view(torch.uint8)
+    return plain[row].view(operand.block_scale.dtype)
 
 
 def _group_amax(

@@ -16,6 +16,7 @@ from ..formats import BLOCK, NVFP4, BlockFormat
 from ..recipe import OperandFormat, get_format
 from . import mxfp8
 from .hadamard import rht as apply_rht
+from .layout import from_blocked
 from .nvfp4 import best_scales, block_scales, encode_blocks, global_scale
 from .philox import block_random_bytes
 from .rounding import decode_codes
@@ -35,7 +36,9 @@ class QuantizedOperand:
             a byte, even element in the low nibble; MXFP8: (..., Kp) float8_e4m3fn. Kp is K rounded
             up to the format's block (16 or 32).
         block_scale: (..., Kp / block) decode scales of the format's scale_dtype, one per row and
-            block of columns (for square blocks the scale is repeated on its rows).
+            block of columns (for square blocks the scale is repeated on its rows). With one dim
+            less than codes: in the layout of the native GEMMs (numerics/layout.py), which
+            `plain_scale` reads.
         amax: fp32 scalar (one per group for grouped operands), from which the tensor's decode
             scale follows; None where the format has no scale per tensor.
         K: Size of the contraction dim before padding.
@@ -61,6 +64,17 @@ class QuantizedOperand:
     def global_scale(self) -> torch.Tensor | None:
         """fp32 decode scale of the whole tensor, amax / encode_max; None where there is none."""
         return None if self.amax is None else global_scale(self.amax, self.format)
+
+    @property
+    def plain_scale(self) -> torch.Tensor:
+        """(..., Kp / block) block scales, however they are kept; not for groups of tokens."""
+        scale, codes = self.block_scale, self.codes
+        if scale.dim() == codes.dim():
+            return scale
+        columns = codes.shape[-1] * self.format.codes_per_byte // self.format.block
+        if codes.dim() == 2:
+            return from_blocked(scale, codes.shape[0], columns)
+        return torch.stack([from_blocked(s, codes.shape[1], columns) for s in scale])
 
 
 def pad_to_blocks(t: torch.Tensor, dim: int = -1, block: int = BLOCK) -> torch.Tensor:
@@ -238,7 +252,7 @@ def dequantize(operand: QuantizedOperand, dtype: torch.dtype = torch.float32) ->
     Returns:
         (..., K) of `dtype`.
     """
-    values = scaled_values(operand.codes, operand.block_scale, fmt=operand.format)
+    values = scaled_values(operand.codes, operand.plain_scale, fmt=operand.format)
     scale = operand.global_scale
     if scale is not None:
         values = values * (scale.view(-1, 1, 1) if scale.dim() else scale)

@@ -56,10 +56,12 @@ class NVFP4:
     experts: bool = True
     """Whether the routed experts of MoE models are converted too."""
 
-    backend: Literal["auto", "reference", "triton", "native"] = "auto"
+    backend: Literal["auto", "reference", "triton", "native", "native_software_sr"] = "auto"
     """
     Which implementation runs: "reference" (PyTorch, any device), "triton" (NVIDIA GPUs), "native"
-    (Blackwell). "auto" picks the fastest that runs here and logs it. All give the same bits.
+    (Blackwell). "auto" picks the fastest that runs here and logs it. All give the same bits, but
+    for "native" on B200 and B300: gradients are rounded stochastically by the hardware there;
+    "native_software_sr" rounds them as the others do. See docs/blackwell.md.
     """
 
     seed: int = 0

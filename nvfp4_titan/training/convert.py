@@ -68,7 +68,7 @@ def convert(
         bf16_first_layers: Transformer blocks at the start that stay in high precision.
         bf16_last_fraction: Fraction of the blocks, rounded up, at the end that stays so.
         experts: Whether routed experts are converted too.
-        backend: "auto", "reference", "triton", "native", or a Backend.
+        backend: "auto", a name in `backends.BACKENDS`, or a Backend.
         seed: Seed of stochastic rounding.
         rht: Off drops the Hadamard transform.
         sr: Off rounds gradients to nearest.

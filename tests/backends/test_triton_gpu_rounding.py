@@ -11,7 +11,7 @@ if sys.platform != "linux":
 import triton
 import triton.language as tl
 
-from nvfp4_titan.backends import triton_call, triton_launch
+from nvfp4_titan.backends import triton_call, triton_codes, triton_launch
 from nvfp4_titan.backends import triton_rounding as kernels
 
 pytestmark = pytest.mark.gpu
@@ -37,15 +37,15 @@ def _kernel(
         elif WHAT == "pack":
             lanes = (x.to(tl.int32, bitcast=True) & 0x81C0).to(tl.int16)
             other = (word & 0x81C0).to(tl.int16)
-            result = kernels.pack_codes(lanes, other, PTX * form).to(tl.int32)
+            result = triton_codes.pack_codes(lanes, other, PTX * form).to(tl.int32)
         elif WHAT == "unpack":
             # Sum of different shares of both: one differing bit shows.
-            factor = kernels.gemm_factor_bits(one * 1.625, 1024.0)
-            codes = (word & 0xFF).to(tl.uint8)
-            even, odd = kernels.unpack_codes(codes, factor, PTX * form)
+            factor = triton_codes.gemm_factor_bits(one * 1.625, 1024.0)
+            byte = (word & 0xFF).to(tl.uint8)
+            even, odd = triton_codes.unpack_codes(byte, factor, PTX * form)
             result = even.to(tl.int32) * 65599 + odd.to(tl.int32)
         else:
-            lanes = kernels.e2m1(
+            lanes = triton_codes.e2m1(
                 x, one, word, index & 3, WHAT == "sr", WHAT != "rtne of values", PTX * form
             )
             result = lanes.to(tl.int32)

@@ -66,7 +66,7 @@ def test_layers_that_read_the_same_input_share_its_codes_when_compiled():
 
     graph = make_fx(step)(x, a.weight, b.weight).graph
     merged = fx_graph_cse(graph)
-    # Two weights, x twice or once, dy twice (it has the layer's key). Of weights the values are kept.
+    # Two weights, x twice or once, dy twice (it has the layer's key); values of weights are kept.
     assert count(graph, "triton_quantize") == 6 and count(merged, "triton_quantize") == 5
     assert count(graph, "triton_unpack") == 2 and count(merged, "triton_unpack") == 1
 

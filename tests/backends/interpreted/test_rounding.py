@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nvfp4_titan.backends import triton_codes
 from nvfp4_titan.backends import triton_rounding as kernels
 from nvfp4_titan.numerics import rounding
 from nvfp4_titan.numerics.philox import philox4x32
@@ -46,8 +47,8 @@ def _e2m1_kernel(x_ptr, random_ptr, rtne_ptr, sr_ptr, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
     x = tl.load(x_ptr + index)
     word = tl.load(random_ptr + index).to(tl.uint32, bitcast=True)
-    tl.store(rtne_ptr + index, kernels.e2m1(x, 1.0, 0, 0, False, True, 0))
-    tl.store(sr_ptr + index, kernels.e2m1(x, 1.0, word, index & 3, True, True, 0))
+    tl.store(rtne_ptr + index, triton_codes.e2m1(x, 1.0, 0, 0, False, True, 0))
+    tl.store(sr_ptr + index, triton_codes.e2m1(x, 1.0, word, index & 3, True, True, 0))
 
 
 def test_e2m1():

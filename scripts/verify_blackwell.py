@@ -1,0 +1,39 @@
+#!/usr/bin/env python
+"""Verifies the native backend on a Blackwell GPU and prints a report to paste into an issue.
+
+    scripts/verify_blackwell.py
+
+Without such a GPU the stand-ins run: that shows what will be checked, nothing about the hardware.
+Exit status: 0 if every check passed, else 1.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import tyro
+
+from nvfp4_titan.bench.blackwell import Target, report, verify
+
+
+def main(stand_in: bool = False, output: Path | None = None) -> int:
+    """Verify on the current machine.
+
+    Args:
+        stand_in: Run the stand-ins on a Blackwell GPU, too.
+        output: File to write the report to as well.
+    """
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    target = Target.current(stand_in)
+    checks = verify(target)
+    text = report(target, checks, commit)
+    print(text, end="")
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text)
+    return int(any(check.passed is False for check in checks))
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))
