@@ -166,6 +166,7 @@ def write_rows(
     K,
     tile,
     amax,
+    scales,
     codes_ptr,
     scale_ptr,
     first_row,
@@ -196,12 +197,12 @@ def write_rows(
         stride: See x_ptr.
         K: See x_ptr.
         tile: The tile, read with SQUARE alone.
+        scales: tensor_scales(amax).
         codes_ptr: int16, (R, Kp / 4).
         scale_ptr: uint8, blocked.
         scale_row: Row of the tile's first in the scales.
         width: Kp / 16.
     """
-    scales = tensor_scales(amax)
     blocks = column // 16 + tl.arange(0, C // 16)
     fours = column // 4 + tl.arange(0, C // 4)
     columns = column + tl.arange(0, C)
@@ -245,6 +246,7 @@ def write_rows(
 def write_columns(
     tile,
     amax,
+    scales,
     codes_ptr,
     scale_ptr,
     pitch,
@@ -276,7 +278,6 @@ def write_columns(
         width: Blocks of the group.
         K: Number of columns.
     """
-    scales = tensor_scales(amax)
     columns = column + tl.arange(0, C)
     inside = below(columns, K, width > 0)
     if RHT:
@@ -369,16 +370,23 @@ def _native_quantize_kernel(
     group, block, start, end, blocks, before, tiles = place(
         slot_block, offs_ptr, rows, num_groups, GROUPS
     )
-    tile = load_tile(x_ptr, stride, start + block * 16, end, columns, K, False)
     needed = group < num_groups
+    # Before the tile is loaded: divisions call subroutines, around which a tile would be spilled.
     if ROW:
-        amax = tl.load(amax_ptr + group, mask=needed, other=0.0)
+        row_amax = tl.load(amax_ptr + group, mask=needed, other=0.0)
+        row_scales = tensor_scales(row_amax)
+    if COL:
+        col_amax = tl.load(amax_ptr + num_groups + group, mask=needed, other=0.0)
+        col_scales = tensor_scales(col_amax)
+    tile = load_tile(x_ptr, stride, start + block * 16, end, columns, K, False)
+    if ROW:
         write_rows(
             x_ptr,
             stride,
             K,
             tile_as_bf16(tile, ROUND and ROW_RHT),
-            amax,
+            row_amax,
+            row_scales,
             row_codes_ptr,
             row_scale_ptr,
             start + block * 16,
@@ -400,7 +408,6 @@ def _native_quantize_kernel(
             PTX,
         )
     if COL:
-        amax = tl.load(amax_ptr + num_groups + group, mask=needed, other=0.0)
         padded_columns = (K + 127) // 128 * 128
         if GROUPS == 0:
             pitch = blocks
@@ -412,7 +419,8 @@ def _native_quantize_kernel(
             code_block = slot_block
         write_columns(
             tile_as_bf16(tile, ROUND and COL_RHT),
-            amax,
+            col_amax,
+            col_scales,
             codes,
             col_scale_ptr + before.to(tl.int64) * padded_columns,
             pitch,

@@ -20,9 +20,8 @@ from .triton_unpack import _alpha_kernel, _scale_kernel, _unpack_kernel
 # 16 rows by 4 columns a thread: fewer columns load too little at a time, more spill registers.
 MAX_COLUMNS = 512
 COLUMNS_PER_WARP = 128
-# Four programs of 128 threads on a multiprocessor: fewer do not hide their loads. What is not bf16
-# does not fit.
 MAX_REGISTERS = 128
+"""Four programs of 128 threads on a multiprocessor: fewer do not hide their loads."""
 
 
 @dataclass(frozen=True)
@@ -210,8 +209,13 @@ def quantize_triton(
         (t, t.stride(0), slots.offs, amax, *pointers, *sizes, *counters),
         constants,
         num_warps=_warps(columns),
-        maxnreg=MAX_REGISTERS if t.dtype == torch.bfloat16 else None,
+        maxnreg=max_registers(t.dtype, constants["PTX"]),
     )
+
+
+def max_registers(dtype: torch.dtype, level: int) -> int | None:
+    """Limit for the quantize kernel; None where it would spill: other inputs, longer forms."""
+    return MAX_REGISTERS if dtype == torch.bfloat16 and level >= 89 else None
 
 
 def _words(key: int) -> tuple[int, int]:

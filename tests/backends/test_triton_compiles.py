@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
@@ -26,6 +27,7 @@ from nvfp4_titan.backends.triton_unpack import _unpack_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 LEVELS = {80: 80, 90: 89, 100: 89}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WARPS = {"alpha": 1}  # 4 for others
 
 
@@ -97,8 +99,8 @@ def compiled(case, arch):
     """A kernel compiled as it is launched."""
     kernel, dtype, constants, _ = CASES[case]
     options = {"enable_fp_fusion": False, "num_warps": WARPS.get(case, 4)}
-    if kernel is _quantize_kernel and dtype == "bf16":
-        options["maxnreg"] = triton_launch.MAX_REGISTERS
+    if kernel is _quantize_kernel:
+        options["maxnreg"] = triton_launch.max_registers(DTYPES[dtype], LEVELS[arch])
     if case.startswith("grouped"):
         tile = asdict(triton_grouped_gemm.HOPPER if arch >= 90 else triton_grouped_gemm.AMPERE)
         constants = {**constants, **tile, "GROUPS": 16}
