@@ -21,6 +21,7 @@ from . import cpu_runtime, record
 from .checkpoints import choose_step
 from .checks import check
 from .converter import convert_by_settings, schedule, switches
+from .qat import prepare_by_settings
 
 CONFIG_MODULE = "nvfp4_titan.titan.job_config"
 _CONFIG_FILE_KEYS = ("--job.config_file", "--job.config-file")
@@ -126,14 +127,17 @@ def preflight(argv: list[str], world_size: int) -> JobConfig:
     """
     job_config = parse(argv)
     check(job_config, _world_size(job_config, world_size))
-    if "nvfp4" in job_config.model.converters:
+    if {"nvfp4", "qat"} & set(job_config.model.converters):
         spec = get_train_spec(job_config.model.name)
         args = copy.deepcopy(spec.model_args[job_config.model.flavor])
         args.update_from_config(job_config)
         with torch.device("meta"):
             model = spec.model_cls(args)
-        convert_by_settings(model, job_config.nvfp4)
-        _schedule(job_config, [model])
+        if "qat" in job_config.model.converters:
+            prepare_by_settings(model, job_config.qat)
+        else:
+            convert_by_settings(model, job_config.nvfp4)
+            _schedule(job_config, [model])
     return job_config
 
 
