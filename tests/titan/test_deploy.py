@@ -29,17 +29,17 @@ def test_a_run_becomes_checkpoints_that_transformers_loads(train, single_rank, m
     from nvfp4_titan.titan.evaluate import evaluate
     from nvfp4_titan.titan.finalize import FinalizeOptions, finalize
 
-    train(*RUN, "--training.steps=40", folder="bf16")
+    train(*RUN, "--training.steps=40", folder="run")
     train(
         *RUN,
         "--training.steps=3",
         "--model.converters=qat",
         "--qat.recipe=nvfp4_weight_only",
         "--qat.skip=layers.0.*",
-        f"--checkpoint.initial_load_path={single_rank}/bf16/checkpoint/step-40",
+        f"--checkpoint.initial_load_path={single_rank}/run/checkpoint/step-40",
         folder="qat",
     )
-    source = single_rank / "bf16"
+    source = single_rank / "run"
     before = _contents(source)
     losses = {}
     for recipe in ("bf16", *DEPLOY_RECIPES):
@@ -111,7 +111,7 @@ def _check_bad_input(folder):
     from nvfp4_titan.titan.evaluate import evaluate, load_model
     from nvfp4_titan.titan.finalize import FinalizeOptions, finalize
 
-    source, out, options = folder / "bf16", folder / "new", FinalizeOptions("nvfp4_weight_only")
+    source, out, options = folder / "run", folder / "new", FinalizeOptions("nvfp4_weight_only")
     with pytest.raises(ConfigError, match="exists: give a folder that does not"):
         finalize(source, folder / "nvfp4", options)
     with pytest.raises(ConfigError, match="is not a folder"):
