@@ -11,7 +11,8 @@ With amax over a group g, and every operation in the dtype that is named:
     float8         s = max(amax / 448, eps)                  q = e4m3(w / s)
     int8_token, float8_token   the same two for a row of activations, in its own dtype
     mxfp4          numerics/mxfp8.py's scales rounded up, with 6 for 448, and E2M1 codes
-    nvfp4          numerics/nvfp4.py
+    nvfp4          codes and S_b of numerics/nvfp4.py; x_hat = q * (S_b / s_enc), as
+                   compressed-tensors decodes them: a last bit of fp32 from S_b * (amax / 2688)
 
 Scales are rounded to the tensor's dtype before anything is divided by them, as compressed-tensors
 stores them. Sources: torchao 0.18, `quantization/qat/fake_quantizer.py` (BSD-3), for the int4
@@ -28,6 +29,7 @@ from ..errors import ConfigError
 from ..formats import BLOCK, MXFP8, NVFP4, BlockFormat
 from ..numerics import QuantizedOperand, dequantize, quantize
 from ..numerics.mxfp8 import block_scales as mx_scales
+from ..numerics.nvfp4 import tensor_encode
 from ..numerics.quantize import block_amaxes
 from ..numerics.rounding import decode_codes, e2m1_rtne, pack_codes
 
@@ -195,13 +197,16 @@ def nvfp4(fmt: BlockFormat = NVFP4, block_rows: int = 1, amax: float | None = No
         static = None if amax is None else torch.tensor(amax, device=x.device)
         operand = quantize(x, format=fmt, block=(block_rows, BLOCK), amax=static)
         found = {"codes": operand.codes, "scale": operand.block_scale}
-        return found if operand.amax is None else found | {"amax": operand.amax}
+        if operand.amax is None:
+            return found
+        return found | {"encode_scale": tensor_encode(operand.amax, operand.amax, fmt)}
 
     def decode(encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
-        codes = encoded["codes"]
-        size = codes.shape[-1] * 2
-        operand = QuantizedOperand(codes, encoded["scale"], encoded.get("amax"), size, fmt)
-        return dequantize(operand, dtype)
+        scale = encoded["scale"].float()
+        if "encode_scale" in encoded:
+            scale = scale / encoded["encode_scale"]
+        values = decode_codes(encoded["codes"]).unflatten(-1, (-1, BLOCK))
+        return (values * scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
     return Codec("nvfp4", encode, decode, BLOCK, 4, "float")
 

@@ -16,6 +16,7 @@ orders those of q and k otherwise) without touching a code.
 import torch
 
 from ..formats import NVFP4
+from ..numerics.nvfp4 import tensor_encode
 from .codecs import Codec, Encoded
 from .recipes import DeployRecipe
 
@@ -27,14 +28,6 @@ SUFFIXES = (
     "input_global_scale",
     "weight_zero",
 )
-
-
-def _encode_scale(amax: torch.Tensor | None) -> torch.Tensor:
-    """(1,) fp32: 2688 / amax, 1 where there is no scale per tensor or nothing to scale."""
-    if amax is None or not bool(amax > 0):
-        return torch.ones(1)
-    amax = amax.detach().float().cpu().reshape(1)
-    return torch.div(torch.full_like(amax, NVFP4.encode_max), amax)
 
 
 def to_layout(
@@ -52,10 +45,11 @@ def to_layout(
         found = {
             "weight_packed": codes,
             "weight_scale": scale,
-            "weight_global_scale": _encode_scale(encoded.get("amax")),
+            "weight_global_scale": encoded.get("encode_scale", torch.ones(())).reshape(1),
         }
         if recipe.activation is not None:
-            found["input_global_scale"] = _encode_scale(input_amax)
+            amax = torch.zeros(()) if input_amax is None else input_amax.float()
+            found["input_global_scale"] = tensor_encode(amax, amax, NVFP4).reshape(1)
         return found
     if recipe.layout == "pack-quantized":
         shape = torch.tensor(codes.shape)
@@ -67,14 +61,11 @@ def to_layout(
 
 
 def from_layout(tensors: dict[str, torch.Tensor], recipe: DeployRecipe) -> Encoded:
-    """Inverse of `to_layout` for the weight: what the codec decodes.
-
-    NVFP4's amax is 2688 / weight_global_scale, the true one to a last bit of fp32.
-    """
+    """Inverse of `to_layout` for the weight: what the codec decodes."""
     if recipe.layout == "nvfp4-pack-quantized":
         found = {"codes": tensors["weight_packed"], "scale": tensors["weight_scale"]}
         if recipe.name != "nvfp4_single":
-            found["amax"] = amax_of(tensors["weight_global_scale"])
+            found["encode_scale"] = tensors["weight_global_scale"].reshape(())
         return found
     if recipe.layout == "pack-quantized":
         codes = unpack_int4(tensors["weight_packed"])
@@ -86,7 +77,7 @@ def from_layout(tensors: dict[str, torch.Tensor], recipe: DeployRecipe) -> Encod
 
 
 def amax_of(global_scale: torch.Tensor) -> torch.Tensor:
-    """fp32 () amax behind a stored global scale."""
+    """fp32 () amax behind a stored global scale, to a last bit."""
     return torch.div(torch.full_like(global_scale, NVFP4.encode_max), global_scale).reshape(())
 
 

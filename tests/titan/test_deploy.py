@@ -123,7 +123,7 @@ def _check_bad_input(folder):
     with pytest.raises(ConfigError, match="quantized already"):
         finalize(folder / "nvfp4", out, options)
     with pytest.raises(ConfigError, match="unknown"):
-        evaluate(folder / "nvfp4", dataset="nothing", steps=1)
+        evaluate(folder / "nvfp4", dataset="nothing", seq_len=64, steps=1)
 
     # A full disk, in the middle of the weights.
     with pytest.MonkeyPatch.context() as patch:
