@@ -18,11 +18,12 @@ _MODEL_ONLY = "it holds the model alone, nothing to resume from"
 _STEP = re.compile(r"step-(\d+)")
 
 
-def fault(folder: Path) -> str | None:
+def fault(folder: Path, *, resumable: bool = True) -> str | None:
     """What is wrong with a checkpoint, None where it is whole.
 
     Args:
         folder: A step's folder, of DCP or safetensors files.
+        resumable: Whether it must hold more than the model, so that a run can go on from it.
     """
     if (folder / "model.safetensors.index.json").is_file():
         return _MODEL_ONLY
@@ -33,7 +34,8 @@ def fault(folder: Path) -> str | None:
     except (EOFError, pickle.UnpicklingError, AttributeError) as error:
         return f"its .metadata cannot be read ({error})"
     # A seed checkpoint, step 0, is a model to start from.
-    if folder.name != "step-0" and "train_state.step" not in metadata.state_dict_metadata:
+    resumable = resumable and folder.name != "step-0"
+    if resumable and "train_state.step" not in metadata.state_dict_metadata:
         return _MODEL_ONLY
     ends = {}
     for part in metadata.storage_data.values():

@@ -13,6 +13,7 @@ from ..errors import ConfigError, UnsupportedError
 from . import cpu_runtime
 from .converter import check_settings
 from .datasets import dataset_corpus
+from .qat import check_qat
 
 
 def check(job_config: JobConfig, world_size: int) -> None:
@@ -33,6 +34,8 @@ def check(job_config: JobConfig, world_size: int) -> None:
     _check_tokenizer(job_config.model)
     if "nvfp4" in job_config.model.converters:
         check_settings(job_config)
+    if "qat" in job_config.model.converters:
+        check_qat(job_config)
     _check_dataset("training", job_config.training)
     if job_config.validation.enable:
         _check_dataset("validation", job_config.validation)

@@ -13,6 +13,7 @@ from torchtitan.protocols.model_converter import register_model_converter
 from . import datasets, models
 from .converter import NVFP4Converter
 from .corpus import tokenizer_path
+from .qat import QATConverter
 
 
 def _cached_tokenizer() -> str:
@@ -106,6 +107,29 @@ class NVFP4:
 
 
 @dataclass
+class QAT:
+    """Settings of the `qat` converter."""
+
+    recipe: str = "nvfp4"
+    """
+    What the model is trained for: "nvfp4" (w and x), "nvfp4_single" (no scale per tensor),
+    "nvfp4_weight_only", "int8_act_int4_weight", "int4_weight_only", "float8_act_float8_weight",
+    "float8_act_int4_weight", "mxfp8" or "mxfp4".
+    """
+
+    skip: list[str] = field(default_factory=list)
+    """
+    Comma separated globs of modules that stay in high precision, beside the lm head and routers.
+    """
+
+    experts: bool = True
+    """Whether routed experts are trained for it too (nvfp4, nvfp4_single and mxfp8)."""
+
+    backend: Literal["auto", "reference", "triton", "native"] = "auto"
+    """As nvfp4.backend, for the recipes nvfp4, nvfp4_single and mxfp8."""
+
+
+@dataclass
 class Model:
     """Overrides of torchtitan's [model] section."""
 
@@ -121,9 +145,11 @@ class JobConfig:
     """What is merged into torchtitan's JobConfig."""
 
     nvfp4: NVFP4 = field(default_factory=NVFP4)
+    qat: QAT = field(default_factory=QAT)
     model: Model = field(default_factory=Model)
 
 
 register_model_converter(NVFP4Converter, "nvfp4")
+register_model_converter(QATConverter, "qat")
 datasets.register()
 models.register()

@@ -26,6 +26,7 @@ from .checkpoints import choose_step
 from .checks import check
 from .converter import check_gathers, convert_by_settings, schedule, switches
 from .numerics_log import NumericsLog
+from .qat import prepare_by_settings
 from .stopping import StopRequest
 from .validate import prepare_validator
 
@@ -200,15 +201,18 @@ def preflight(argv: list[str], world_size: int) -> JobConfig:
     """
     job_config = parse(argv)
     check(job_config, _world_size(job_config, world_size))
-    if "nvfp4" in job_config.model.converters:
+    if {"nvfp4", "qat"} & set(job_config.model.converters):
         spec = get_train_spec(job_config.model.name)
         args = copy.deepcopy(spec.model_args[job_config.model.flavor])
         args.update_from_config(job_config)
         with torch.device("meta"):
             model = spec.model_cls(args)
-        convert_by_settings(model, job_config.nvfp4)
-        check_gathers(model, job_config)
-        _schedule(job_config, [model])
+        if "qat" in job_config.model.converters:
+            prepare_by_settings(model, job_config.qat)
+        else:
+            convert_by_settings(model, job_config.nvfp4)
+            check_gathers(model, job_config)
+            _schedule(job_config, [model])
     return job_config
 
 

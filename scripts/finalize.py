@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""Make a quantized checkpoint: scripts/finalize.py RUN_OR_CHECKPOINT OUT --quantize RECIPE"""
+
+import sys
+from pathlib import Path
+
+import tyro
+
+from nvfp4_titan.errors import UserError
+from nvfp4_titan.titan import cpu_runtime
+
+
+def main(
+    source: tyro.conf.Positional[Path],
+    output: tyro.conf.Positional[Path],
+    quantize: str,
+    dtype: str = "bfloat16",
+    skip: tuple[str, ...] = (),
+    tokenizer: Path | None = None,
+    calibration_dataset: str = "stdlib",
+    calibration_batches: int = 8,
+    device: str = "cpu",
+) -> int:
+    """Finalize a run, a checkpoint or a Hugging Face model.
+
+    Args:
+        source: Dump folder of a run, a checkpoint inside one, or a Hugging Face folder.
+        output: Folder that must not exist.
+        quantize: Deploy recipe, or bf16 for none.
+        dtype: bfloat16 or float32.
+        skip: Globs of modules that stay in high precision.
+        tokenizer: Folder of the tokenizer, where the source has none.
+        calibration_dataset: Text that static activation scales are taken from.
+        calibration_batches: Batches of it.
+        device: Where to compute.
+    """
+    cpu_runtime.install()
+    from nvfp4_titan.titan import job_config  # noqa: F401  registers flavors and datasets
+    from nvfp4_titan.titan.finalize import FinalizeOptions, finalize
+
+    options = FinalizeOptions(
+        quantize,
+        dtype,
+        skip,
+        tokenizer,
+        calibration_dataset,
+        calibration_batches,
+        device=device,
+    )
+    try:
+        sizes = finalize(source, output, options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{output}: {sizes}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))

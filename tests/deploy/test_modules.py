@@ -1,0 +1,163 @@
+"""Prepared models compute, bit for bit, what the converted ones do, and train with gradients."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nvfp4_titan import convert
+from nvfp4_titan.deploy import DEPLOY_RECIPES, convert_prepared, prepare
+from nvfp4_titan.deploy.modules import FakeQuantizedLinear
+from nvfp4_titan.errors import ConfigError
+from nvfp4_titan.training import NVFP4Linear
+
+K, N = 256, 96
+
+
+def model(bias: bool, dtype: torch.dtype) -> nn.Sequential:
+    layers = nn.Sequential(nn.Linear(K, N, bias=bias), nn.GELU(), nn.Linear(N, 32, bias=bias))
+    return layers.to(dtype)
+
+
+class Experts(nn.Module):
+    """torchtitan's way with expert weights."""
+
+    def __init__(self, experts=3, size=64):
+        super().__init__()
+        self.num_experts = experts
+        self.w1 = nn.Parameter(torch.randn(experts, size, size) / 8)
+
+    def forward(self, x, offs):
+        return torch._grouped_mm(x, self.w1.to(x.dtype).transpose(-2, -1), offs=offs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("recipe", DEPLOY_RECIPES)
+def test_prepared_equals_converted(recipe, bias, dtype):
+    prepared = model(bias, dtype)
+    skip = ["2"] if N % DEPLOY_RECIPES[recipe].weight.multiple else []
+    prepare(prepared, recipe, skip=skip)
+    plain = copy.deepcopy(prepared)
+    converted = copy.deepcopy(prepared)
+    convert_prepared(converted)
+    x = torch.randn(2, 8, K, dtype=dtype)
+    y = prepared(x)
+    assert torch.equal(y, converted(x))
+    unquantized = model(bias, dtype)
+    unquantized.load_state_dict(plain.state_dict())
+    assert not torch.equal(y, unquantized(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_single", "mxfp8"])
+def test_experts_prepared_equal_converted(recipe, dtype):
+    prepared = nn.ModuleDict({"experts": Experts()})
+    report = prepare(prepared, recipe)
+    assert report.converted == ("experts.w1",)
+    converted = copy.deepcopy(prepared)
+    convert_prepared(converted, dtype)
+    x, offs = torch.randn(24, 64, dtype=dtype), torch.tensor([5, 5, 24], dtype=torch.int32)
+    y = prepared["experts"](x, offs)
+    assert torch.equal(y, converted["experts"](x, offs))
+    assert not torch.equal(y, Experts.forward(_plain(prepared["experts"]), x, offs))
+
+
+def _plain(experts: Experts) -> Experts:
+    plain = Experts()
+    plain.load_state_dict(experts.state_dict())
+    return plain
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("recipe", DEPLOY_RECIPES)
+def test_gradients_are_straight_through(recipe, dtype):
+    """Small losses too: a gradient that is cast to float8 on its way would be zeros there."""
+    prepared = nn.Sequential(nn.Linear(K, N, bias=False, dtype=dtype))
+    reference = copy.deepcopy(prepared)
+    prepare(prepared, recipe)
+    x = torch.randn(64, K, dtype=dtype)
+    grad = torch.randn(64, N, dtype=dtype) * 1e-5
+    found = []
+    for module in (prepared, reference):
+        own = x.clone().requires_grad_()
+        module(own).backward(grad)
+        found.append((own.grad, module[0].weight.grad))
+    for ours, exact in zip(*found, strict=True):
+        assert torch.cosine_similarity(ours.flatten().double(), exact.flatten().double(), 0) > 0.97
+
+
+def test_torchaos_float8_gradients_are_wrong():
+    """What the test above guards against: torchao's own float8 QAT fails it."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    from torchao.quantization.qat import QATConfig
+
+    module = nn.Sequential(nn.Linear(K, N, bias=False))
+    reference = copy.deepcopy(module)
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    quantize_(module, QATConfig(config, step="prepare"))
+    x, grad = torch.randn(64, K), torch.randn(64, N) * 1e-5
+    for m in (module, reference):
+        m(x).backward(grad)
+    ours, exact = module[0].weight.grad.flatten(), reference[0].weight.grad.flatten()
+    assert torch.cosine_similarity(ours, exact, 0) < 0.9
+
+
+def test_int4_kernels_arithmetic():
+    """The two int4 kernels' arithmetic, written out element by element from its description."""
+    w = torch.randn(4, 256)
+    for name, kernel in (
+        ("float8_act_int4_weight", _float8_then_int4),
+        ("int4_weight_only", _asymmetric_int4),
+    ):
+        fake = DEPLOY_RECIPES[name].weight.round_trip(w)
+        assert torch.equal(fake, torch.stack([kernel(row) for row in w])), name
+
+
+def _float8_then_int4(row: torch.Tensor) -> torch.Tensor:
+    scale = max(row.abs().max().item() / 448, 1e-12)
+    row_scale = torch.tensor(scale, dtype=torch.float32)
+    w8 = (row / row_scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * row_scale
+    out = []
+    for group in w8.split(128):
+        step = (group.abs().max() / 8).clamp(min=1e-6)
+        out += [torch.clamp(torch.round(v / step), -8, 7) * step for v in group]
+    return torch.stack(out)
+
+
+def _asymmetric_int4(row: torch.Tensor) -> torch.Tensor:
+    out = []
+    for group in row.split(128):
+        low = group.min()
+        step = (group.max() - low).clamp(min=1e-6) / 15
+        for v in group:
+            code = torch.clamp(torch.round((v - low) / step), 0, 15) - 8
+            out.append(code * step + (low + step * 8))
+    return torch.stack(out)
+
+
+def test_bad_input():
+    with pytest.raises(ConfigError, match="unknown: use one of nvfp4"):
+        prepare(model(True, torch.float32), "int3")
+    with pytest.raises(ConfigError, match="matches no linear"):
+        prepare(model(True, torch.float32), "nvfp4", skip=["nothing"])
+    with pytest.raises(ConfigError, match="group of 128: add its name to skip"):
+        prepare(nn.Sequential(nn.Linear(96, 32)), "int4_weight_only")
+    with pytest.raises(ConfigError, match="nothing in the model was prepared"):
+        convert_prepared(model(True, torch.float32))
+
+
+def test_one_module_is_not_converted_twice():
+    for recipe, kind in (("nvfp4", NVFP4Linear), ("int8_act_int4_weight", FakeQuantizedLinear)):
+        prepared = model(True, torch.float32)
+        prepare(prepared, recipe)
+        assert isinstance(prepared[0], kind)
+        with pytest.raises(ConfigError):
+            convert(prepared)
+        with pytest.raises(ConfigError):
+            prepare(prepared, recipe)
+    trained = model(True, torch.float32)
+    convert(trained)
+    with pytest.raises(ConfigError, match="was converted before"):
+        prepare(trained, "int8_act_int4_weight")
