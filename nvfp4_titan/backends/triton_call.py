@@ -16,7 +16,7 @@ _compiled: dict[tuple, object] = {}
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. triton.cdiv, made for kernels, costs microseconds."""
+    """Quotient a / b, rounded up. triton.cdiv, made for kernels, costs microseconds."""
     return -(-a // b)
 
 
