@@ -15,6 +15,16 @@ EXACT = {"enable_fp_fusion": False}
 _compiled: dict[tuple, object] = {}
 
 
+def cdiv(a: int, b: int) -> int:
+    """Quotient a / b, rounded up. triton.cdiv, made for kernels, costs microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The power of two that is at least n, for n >= 1; as `cdiv`."""
+    return 1 << (n - 1).bit_length()
+
+
 def _kind(argument: object) -> object:
     """What of an argument Triton may compile a kernel for."""
     if isinstance(argument, torch.Tensor):

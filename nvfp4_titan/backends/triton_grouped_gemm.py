@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_call import launch
+from .triton_call import cdiv, launch, next_power_of_2
 from .triton_codes import gemm_exponent
 from .triton_launch import ptx_level
 from .triton_layout import group_bounds, padded, pick
@@ -222,10 +222,10 @@ def grouped_mm_triton(
         return y
     tile = gemm_tile(a.device)
     # Every group, and the rows of none, may end in an incomplete tile.
-    tiles = triton.cdiv(rows, tile.BM) + groups
+    tiles = cdiv(rows, tile.BM) + groups
     launch(
         _grouped_mm_kernel,
-        tiles * triton.cdiv(columns, tile.BN),
+        tiles * cdiv(columns, tile.BN),
         (
             *(_dot_input(a), _dot_input(b), y, a_amax, b_amax, offs),
             *(rows, columns, b.shape[2 if b_transposed else 1], groups),
@@ -233,7 +233,7 @@ def grouped_mm_triton(
         ),
         {
             "TRANSPOSED": b_transposed,
-            "GROUPS": triton.next_power_of_2(groups + 1),
+            "GROUPS": next_power_of_2(groups + 1),
             **tile.constants(a.device),
         },
         **tile.options(),
@@ -267,9 +267,9 @@ def grouped_wgrad_triton(
     tile = gemm_tile(dy.device)
     launch(
         _grouped_wgrad_kernel,
-        groups * triton.cdiv(n, tile.BM) * triton.cdiv(k, tile.BN),
+        groups * cdiv(n, tile.BM) * cdiv(k, tile.BN),
         (_dot_input(dy), _dot_input(x), dw, dy_amax, x_amax, offs, n, k, groups),
-        {"GROUPS": triton.next_power_of_2(groups), **tile.constants(dy.device)},
+        {"GROUPS": next_power_of_2(groups), **tile.constants(dy.device)},
         **tile.options(),
     )
     return dw

@@ -13,7 +13,7 @@ from ..errors import UnsupportedError
 from ..formats import BLOCK
 from ..numerics.grouped import padded_rows
 from .triton_amax import _amax_kernel
-from .triton_call import launch
+from .triton_call import cdiv, launch, next_power_of_2
 from .triton_quantize import _quantize_kernel
 from .triton_unpack import _alpha_kernel, _scale_kernel, _unpack_kernel
 
@@ -51,17 +51,17 @@ class Slots:
         if offs is not None:
             groups = offs.shape[0]
             blocks = padded_rows(rows, groups) // BLOCK
-            bound = max(2, triton.next_power_of_2(groups))
+            bound = max(2, next_power_of_2(groups))
             return Slots(offs, rows, columns, groups, bound, blocks)
         groups = experts[0] if experts else 1
-        blocks = groups * triton.cdiv(rows, BLOCK)
+        blocks = groups * cdiv(rows, BLOCK)
         return Slots(None, rows, columns, groups, int(groups == 1), blocks)
 
     def tile_columns(self, most: int) -> int:
         """Columns of a tile, a power of two from 16. Results do not depend on it."""
         if self.columns % most and self.columns % (most // 2) == 0:
             return most // 2
-        return max(BLOCK, min(most, triton.next_power_of_2(self.columns)))
+        return max(BLOCK, min(most, next_power_of_2(self.columns)))
 
     def tile(self, t: torch.Tensor, columns: int) -> dict[str, int]:
         """What a kernel that reads t (R, K) in tiles of so many columns is compiled for.
@@ -110,7 +110,7 @@ def _flat(t: torch.Tensor) -> torch.Tensor:
 
 
 def _programs(slots: Slots, columns: int, width: int) -> int:
-    return slots.blocks * triton.cdiv(width, columns)
+    return slots.blocks * cdiv(width, columns)
 
 
 def _warps(columns: int) -> int:
@@ -188,19 +188,17 @@ def quantize_triton(
     if not t.numel():
         return
     columns = slots.tile_columns(MAX_COLUMNS)
-    constants = {"GROUPS": slots.groups_bound}
-    for name, use in (("ROW", rows), ("COL", cols)):
-        constants[name] = use is not None
-        use = use or Use(False, False, False, False, False)
-        for field in ("square", "sr", "rht", "packed", "values"):
-            constants[f"{name}_{field.upper()}"] = getattr(use, field)
     integer = (torch.uint8, torch.uint8, torch.int16)
     pointers = [t.view(dtype) for t, dtype in zip(outputs, integer * 2, strict=True)]
     # A short last dim: padding is written, so the tile must reach it.
-    width = triton.cdiv(slots.columns, BLOCK) * BLOCK
-    constants["ROUND"] = t.dtype != torch.bfloat16
-    constants |= slots.tile(t, columns)
-    constants["PTX"] = ptx_level(t.device)
+    width = cdiv(slots.columns, BLOCK) * BLOCK
+    constants = {
+        "GROUPS": slots.groups_bound,
+        **_use_constants(rows, cols),
+        "ROUND": t.dtype != torch.bfloat16,
+        **slots.tile(t, columns),
+        "PTX": ptx_level(t.device),
+    }
     sizes = (slots.rows, slots.columns, slots.groups)
     counters = (*offset, *streams, *_words(key))
     launch(
@@ -213,11 +211,23 @@ def quantize_triton(
     )
 
 
+@cache
+def _use_constants(rows: Use | None, cols: Use | None) -> dict[str, bool]:
+    constants = {}
+    for name, use in (("ROW", rows), ("COL", cols)):
+        constants[name] = use is not None
+        use = use or Use(False, False, False, False, False)
+        for field in ("square", "sr", "rht", "packed", "values"):
+            constants[f"{name}_{field.upper()}"] = getattr(use, field)
+    return constants
+
+
 def max_registers(dtype: torch.dtype, level: int) -> int | None:
     """Limit for the quantize kernel; None where it would spill: other inputs, longer forms."""
     return MAX_REGISTERS if dtype == torch.bfloat16 and level >= 89 else None
 
 
+@cache
 def _words(key: int) -> tuple[int, int]:
     """Low and high half of a 64-bit key as signed 32-bit integers."""
     return tuple(((word + 2**31) & 0xFFFFFFFF) - 2**31 for word in (key, key >> 32))
@@ -271,6 +281,6 @@ def scale_triton(acc: torch.Tensor, alpha: torch.Tensor, out_dtype: torch.dtype)
     out = torch.empty_like(acc, dtype=out_dtype)
     if acc.numel():
         constants = {"C": 1024, "PTX": ptx_level(acc.device)}
-        programs = triton.cdiv(acc.numel(), constants["C"])
+        programs = cdiv(acc.numel(), constants["C"])
         launch(_scale_kernel, programs, (acc, alpha, out, acc.numel()), constants, num_warps=4)
     return out

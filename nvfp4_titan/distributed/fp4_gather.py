@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from ..backends import Backend, OperandUse, stream
+from ..backends.registration import fake_of, functional_op
 from ..errors import UnsupportedError
 from ..numerics import QuantizedOperand
 from ..recipe import OperandFormat, Recipe
@@ -127,7 +128,18 @@ def gathered_operand(
 
 def rounded_amax(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Amax of a weight after its cast to dtype: rounding keeps the order of values."""
-    return amax.to(dtype).to(torch.float32)
+    return amax if dtype == torch.float32 else _round_through(amax, dtype)
+
+
+@functional_op("round_through")
+def _round_through(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # An op of its own: of two casts inductor drops the first, and with it the rounding.
+    return t.to(dtype).to(torch.float32)
+
+
+@fake_of("round_through")
+def _(t, dtype):
+    return torch.empty_like(t)
 
 
 def amax_of_uses(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -92,7 +92,7 @@ def finalize(path: Path, output: Path, options: FinalizeOptions) -> dict:
     binary = recipe is not None and recipe.layout is None
     with CheckpointWriter(output, binary=binary, shard_bytes=options.shard_bytes) as writer:
         sizes = _write_weights(source, writer, recipe, chosen, amaxes, options)
-        config = _config(source, recipe, chosen, options)
+        config = _config(source, recipe, chosen, options, HuggingFaceTokenizer(str(tokenizer)))
         writer.write_text("config.json", json.dumps(config, indent=1))
         for name in _TOKENIZER_FILES:
             if (tokenizer / name).is_file():
@@ -220,13 +220,17 @@ def _permuted(t: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _config(
-    source: Source, recipe: DeployRecipe | None, chosen: set[str], options: FinalizeOptions
+    source: Source,
+    recipe: DeployRecipe | None,
+    chosen: set[str],
+    options: FinalizeOptions,
+    tokenizer: HuggingFaceTokenizer,
 ) -> dict:
     """config.json of a Llama model."""
     args = source.args
     rope = args.rope_scaling_args
     hidden = source.shapes["layers.0.feed_forward.w1.weight"][0]
-    tokens = {"bos_token_id": 0, "eos_token_id": 1}
+    tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

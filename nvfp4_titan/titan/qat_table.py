@@ -7,6 +7,7 @@ Both tunings see the same batches with the same learning rate, so bf16 / PTQ / Q
 nothing but quantization. A run that has finished is not run again.
 """
 
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from ..convergence import read_run
 from ..errors import ConfigError
 from .evaluate import evaluate
 from .finalize import FinalizeOptions, finalize
+
+_LOG = "log.txt"
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,10 @@ def _evaluate(folder: Path, run: Path, recipe: str, name: str, options: TableOpt
 def _train(config: Path, folder: Path, steps: int, options: list[str]) -> None:
     if (folder / "checkpoint" / f"step-{steps}" / ".metadata").is_file():
         return
+    if (folder / _LOG).is_file():
+        shutil.rmtree(folder)  # an interrupted run of this comparison: it begins anew
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} holds something else than a run: use another --runs folder")
     command = [
         sys.executable,
         "-m",
@@ -123,6 +130,6 @@ def _train(config: Path, folder: Path, steps: int, options: list[str]) -> None:
     ]
     print(" ".join(command[1:]), flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "w") as log:
+    with open(folder / _LOG, "w") as log:
         if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode:
-            raise ConfigError(f"the run of {folder.name} failed: see {folder / 'log.txt'}")
+            raise ConfigError(f"the run of {folder.name} failed: see {folder / _LOG}")
