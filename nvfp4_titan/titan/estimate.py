@@ -157,6 +157,8 @@ def _traced(job_config: JobConfig, world_size: int) -> Estimate:
         model = _sharded_model(job_config, spec, dims)
         less = _fp4_savings(model)
         with ExitStack() as stack:
+            # torchtitan compiles a function of experts for the whole process once any job asks.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             model.to_empty(device="cpu")
             cpu_runtime.prepare_trainer([model])

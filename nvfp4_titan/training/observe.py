@@ -125,9 +125,9 @@ class _Site:
     def _clear(self) -> None:
         self.now: dict[str, _Seen] = {}
         self.backward = False
-        # By address of codes: sampled columns of x and w for backward, and the expert. Apart, as
-        # addresses come again: only the last x (or w) at one is alive.
-        self.columns: dict[str, dict[int, tuple[torch.Tensor, int]]] = {X: {}, W: {}}
+        # By address of codes: sampled columns of x and w for backward, the expert, and the codes:
+        # while they live, nothing else has their address.
+        self.columns: dict[str, dict[int, tuple[torch.Tensor, int, torch.Tensor]]] = {X: {}, W: {}}
         self.calls = 0
 
     def attach(self) -> None:
@@ -169,7 +169,7 @@ class _Site:
                 sample = t[..., _spread(t.shape[-1])].clone()
                 # What backward quantizes again comes in no order of calls.
                 expert = self._expert(t) if use.stream in _ROLES else -1
-                self.columns[kind][operand.codes.data_ptr()] = sample, expert
+                self.columns[kind][operand.codes.data_ptr()] = sample, expert, operand.codes
             gemm, _ = _ROLES.get(use.stream, (None, W))
             if gemm is not None:
                 sums = operand_sums(t, operand, use, transposed, offs)
@@ -180,7 +180,7 @@ class _Site:
         if DY in self.now:
             left, gemm = self.now[DY], "dgrad"
             indices = _spread(out.shape[-1])
-            right, expert = self.columns[W].get(b.codes.data_ptr(), (None, -1))
+            right, expert, _ = self.columns[W].get(b.codes.data_ptr(), (None, -1, None))
             if right is None:  # a weight that was gathered in codes
                 whole = dequantize(_contiguous(b))
                 right = (whole if b_transposed else whole.mT)[..., indices]
@@ -204,10 +204,8 @@ class _Site:
 
     def weight_gradient(self, x: QuantizedOperand, dw: torch.Tensor) -> None:
         """Compare a wgrad."""
-        seen, (columns, expert) = (
-            self.now.get(DY),
-            self.columns[X].get(x.codes.data_ptr(), (None, -1)),
-        )
+        seen = self.now.get(DY)
+        columns, expert, _ = self.columns[X].get(x.codes.data_ptr(), (None, -1, None))
         if seen is None or columns is None:
             return
         rows, indices = _spread(dw.shape[-2]), _spread(dw.shape[-1])
