@@ -54,7 +54,7 @@ RUNS = {
 }  # fmt: skip
 
 
-OBSERVED = ("llama3", "deepseek_v3", "tp_fsdp", "tp_fsdp_fp4", "pp", "ep_tp")
+OBSERVED = ("llama3", "deepseek_v3", "tp_fsdp", "tp_fsdp_fp4")
 """Runs with numerics telemetry on their first and last step."""
 
 
