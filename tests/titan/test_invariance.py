@@ -40,6 +40,8 @@ RUNS = {
     "moe_fsdp": ("deepseek_v3", 2, {"data_parallel_shard": 2}),
     "moe_tp": ("deepseek_v3", 2, {"tensor_parallel": 2}),
     "ep": ("deepseek_v3", 2, {"data_parallel_shard": 2, "expert_parallel": 2}),
+    "experts": ("deepseek_v3", 1, {}),
+    "experts_ep": ("deepseek_v3", 2, {"data_parallel_shard": 2, "expert_parallel": 2}),
     "ep_fsdp": ("deepseek_v3", 4, {"data_parallel_shard": 4, "expert_parallel": 2}),
     "ep_fsdp_fp4": ("deepseek_v3", 4, {"data_parallel_shard": 4, "expert_parallel": 2}),
     "ep_tp": (
@@ -54,8 +56,15 @@ RUNS = {
 }  # fmt: skip
 
 
-OBSERVED = ("llama3", "deepseek_v3", "tp_fsdp", "tp_fsdp_fp4")
-"""Runs with numerics telemetry on their first and last step."""
+# Experts alone in NVFP4, and both ranks' tokens in one microbatch: the same tokens per expert.
+_EXPERTS = ["--nvfp4.rules=*=bf16,layers.*.moe.experts*=nvfp4"]
+EXTRA = {"experts": [*_EXPERTS, "--training.local_batch_size=2"], "experts_ep": _EXPERTS}
+CONTROLS = {"experts_ep": "experts"}  # others': that of their model
+SHORT = ("moe_tp", "ep", "experts", "experts_ep", "ep_tp", "ep_etp")
+"""Runs that end after the second step: to save time."""
+
+OBSERVED = ("llama3", "deepseek_v3", "pp", "tp_fsdp", "tp_fsdp_fp4", "ep_tp")
+"""Runs with numerics telemetry on their first step."""
 
 
 def options(model, folder, degrees):
@@ -139,15 +148,20 @@ def results(tmp_path_factory):
                 argv = [
                     *options(model, folder / name, degrees),
                     *device_options(device),
+                    *EXTRA.get(name, ()),
                     f"--checkpoint.initial_load_path={seed(model)}",
                     "--checkpoint.load_only",
                 ]
                 if name.endswith("_fp4"):
                     argv.append("--nvfp4.fp4_all_gather")
                 if name in OBSERVED:
-                    argv.append(f"--nvfp4.numerics_log_freq={STEPS}")
+                    argv.append(f"--nvfp4.numerics_log_freq={STEPS + 1}")
                 out = str(folder / name)
-                jobs.append({"argv": argv, "tokens": text(), "port": free_port(), "out": out})
+                steps = 2 if name in SHORT else STEPS
+                jobs.append(
+                    {"argv": argv, "tokens": text(), "port": free_port(), "out": out,
+                     "steps": steps}
+                )  # fmt: skip
         torch.save(jobs, folder / f"{world}.pt")
         script = str(Path(__file__).with_name("train_rank.py"))
         start([sys.executable, script, str(folder / f"{world}.pt")], folder, world, device)
@@ -210,14 +224,16 @@ def same(a, b):
 
 
 def check_losses(name, device, results):
-    ours, one = losses(results(name, device)), losses(results(RUNS[name][0], device))
-    print(name, device, {step: f"{ours[step] / one[step] - 1:+.1e}" for step in one})
-    assert list(ours) == list(one) == [1, 2, 3, 4, 5]
+    control = CONTROLS.get(name, RUNS[name][0])
+    ours, one = losses(results(name, device)), losses(results(control, device))
+    print(name, device, {step: f"{ours[step] / one[step] - 1:+.1e}" for step in ours})
+    last = 2 if name in SHORT else STEPS
+    assert list(ours) == list(one)[:last] == list(range(1, last + 1))
     # Another amax of an expert's tokens is another quantization of them: as much as NVFP4 itself
     # changes the loss of the first step (4e-5).
-    joint = "expert_parallel" in RUNS[name][2]
+    joint = "expert_parallel" in RUNS[name][2] and name not in CONTROLS
     assert ours[1] == pytest.approx(one[1], rel=1e-4 if joint else 1e-5)
-    assert ours[5] == pytest.approx(one[5], rel=1e-3)
+    assert ours[last] == pytest.approx(one[last], rel=1e-3)
 
 
 @pytest.mark.slow
@@ -281,12 +297,20 @@ def test_telemetry_sees_the_model_that_one_process_has(name, device, results):
     assert ours["warnings"] == one["warnings"] == []
     assert ours["last"].keys() | {k for k in one["last"] if "/w" in k} == one["last"].keys()
     for key, values in ours["last"].items():
-        assert values["sqnr_db"] == pytest.approx(one["last"][key]["sqnr_db"], abs=4), key
+        expected = one["last"][key]["sqnr_db"]
+        if name.endswith("_fp4") and "/" not in key and not key.endswith("wgrad"):
+            expected += 3  # known as codes alone, a weight has no error of its own
+        assert values["sqnr_db"] == pytest.approx(expected, abs=2.5), key
         assert values["cosine"] == pytest.approx(one["last"][key]["cosine"], abs=0.03), key
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "device"), cases("moe_tp", "ep", "ep_fsdp", "ep_tp", "ep_etp"))
+@pytest.mark.parametrize(
+    ("name", "device"), cases("moe_tp", "ep", "experts_ep", "ep_fsdp", "ep_tp", "ep_etp")
+)
 def test_expert_parallel_losses(name, device, results):
-    """An expert sees several ranks' tokens at once, so its amaxes differ from one process's."""
+    """An expert sees several ranks' tokens at once, so its amaxes differ from one process's.
+
+    Where one process gives its experts the same tokens at once, the losses are the same.
+    """
     check_losses(name, device, results)

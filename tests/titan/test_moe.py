@@ -129,6 +129,7 @@ def test_expert_parallel_run(tmp_path):
         "--training.local_batch_size=1",
         "--training.mixed_precision_param=float32",
         "--lr_scheduler.warmup_steps=1",
+        "--nvfp4.bf16_last_fraction=0.5",
         "--parallelism.expert_parallel_degree=2",
         "--activation_checkpoint.mode=none",
         "--optimizer.implementation=foreach",

@@ -1,9 +1,9 @@
 """One rank of the invariance tests' runs: torchtitan's Trainer, fed with given batches.
 
 `python train_rank.py SPEC`: a torch.save of a list of jobs, each a dict of `argv` (torchtitan's
-options), `tokens` (steps, sequences, length + 1), `port` and `out`, the folder for what this rank
-saw: the losses by step, per weight the operands that the first step quantized, and the number of
-weights that FSDP gathers in codes.
+options), `tokens` (steps, sequences, length + 1), `steps` after which it ends, `port` and `out`,
+the folder for what this rank saw: the losses by step, per weight the operands that the first step
+quantized, and the number of weights that FSDP gathers in codes.
 """
 
 import os
@@ -75,6 +75,7 @@ def run(job, rank):
     mesh = trainer.parallel_dims.get_optional_mesh("batch")
     ranks, data_rank = (mesh.size(), mesh.get_local_rank()) if mesh else (1, 0)
     trainer.dataloader = Batches(job["tokens"], ranks, data_rank, config.training.local_batch_size)
+    config.training.steps = job["steps"]  # the schedules stay those of the options
     made, losses, first = attach_recorders(trainer.model_parts), {}, {}
 
     def log(step, loss, *args, **kwargs):
