@@ -17,7 +17,7 @@ Needs no GPU and must see none: torchtitan then takes the CPU for its device.
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -25,7 +25,6 @@ from unittest.mock import patch
 import torch
 from torch import distributed, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fsdp_state
 from torch.distributed.tensor import DTensor
 from torchtitan.config import JobConfig
 from torchtitan.distributed.expert_parallel import ExpertParallel
@@ -216,9 +215,6 @@ def _balanced_experts() -> Iterator[None]:
             return dispatch(self, module, inputs, mesh)
 
     with (
-        # Experts that FSDP wraps apart make other profiler entries when a block is recomputed.
-        patch.object(_fsdp_param_group, "record_function", lambda name: nullcontext()),
-        patch.object(_fsdp_state.torch.profiler, "record_function", lambda name: nullcontext()),
         patch.object(moe_utils, "generate_permute_indices", shapes),
         patch.object(ExpertParallel, "_token_dispatch", even_dispatch),
     ):

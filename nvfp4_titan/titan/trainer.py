@@ -19,7 +19,7 @@ from torchtitan.train import main as torchtitan_main
 
 from ..errors import ConfigError, DivergedError
 from ..training.schedule import FormatSchedule
-from . import cpu_runtime, record
+from . import activation_checkpoint, cpu_runtime, record
 from .checkpoints import choose_step
 from .checks import check
 from .converter import check_gathers, convert_by_settings, schedule, switches
@@ -47,6 +47,7 @@ class NVFP4Trainer(Trainer):
         check(job_config, _world_size(job_config, int(os.environ["WORLD_SIZE"])))
         if os.environ["RANK"] == "0":
             record.clear(job_config)
+        activation_checkpoint.install()
         converted = "nvfp4" in job_config.model.converters
         if converted:
             job_config.nvfp4.trainer_knows_step = True
