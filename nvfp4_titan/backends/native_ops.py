@@ -152,7 +152,9 @@ def transposed_by_oracle(
     new_scale = plain[::16, : -(-size // 16)].repeat_interleave(16, dim=1)[:, :size].T
     new_scale = torch.nn.functional.pad(new_scale, (0, width // 8 - new_scale.shape[1]))
     new_codes = unpack_codes(codes)[:, :size].T
-    new_codes = torch.nn.functional.pad(new_codes, (0, 2 * width - rows)).contiguous()
+    new_codes = torch.nn.functional.pad(new_codes, (0, 2 * width - rows))
+    # Not contiguous(): that leaves a single row's strides as they are.
+    new_codes = new_codes.clone(memory_format=torch.contiguous_format)
     return pack_codes(new_codes), to_blocked(new_scale).view(scale.dtype)
 
 
