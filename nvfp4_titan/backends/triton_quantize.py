@@ -29,10 +29,9 @@ from .triton_layout import (
 )
 from .triton_rounding import (
     MAGNITUDE_BITS,
-    bf16_mantissa,
     bits,
     block_scales,
-    philox,
+    random_words,
     rht_columns,
     rht_rows,
     round_bf16,
@@ -140,9 +139,8 @@ def quantize_rows(
     row, block = flat_index(C // 16)
     word, byte = 0, 0
     if SR:
-        mantissas = bf16_mantissa(block_amax) | (bf16_mantissa(bits(amax)) << 7)
         position = counter_row + row, counter_block + block
-        words = philox(*position, mantissas, stream, key_low, key_high)
+        words = random_words(*position, block_amax, amax, stream, key_low, key_high)
         word, byte = words_of_elements(words, SIZE), tl.arange(0, SIZE) & 3
     lanes = e2m1(x, spread(encode, SIZE), word, byte, SR, PACKED, PTX)
     rows = end - first_row
@@ -211,9 +209,8 @@ def quantize_columns(
     code, value, encode = block_scales(block_amax, tensor_scales(amax), PACKED, PTX)
     words = (0, 0, 0, 0)
     if SR:
-        mantissas = bf16_mantissa(block_amax) | (bf16_mantissa(bits(amax)) << 7)
         row = counter_row + tl.arange(0, C)
-        words = philox(row, counter_block, mantissas, stream, key_low, key_high)
+        words = random_words(row, counter_block, block_amax, amax, stream, key_low, key_high)
     factor = gemm_factor_bits(value, gemm_factor(amax))
     for i in tl.static_range(16):
         lanes = e2m1(tile[i], encode, words[i // 4], i % 4, SR, PACKED, PTX)
