@@ -17,12 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ..formats import BlockFormat
 from .triton_call import cdiv, launch, next_power_of_2
-from .triton_codes import gemm_exponent
 from .triton_launch import ptx_level
 from .triton_layout import group_bounds, padded, pick
+from .triton_quantize import load_amax
 from .triton_rounding import number
-from .triton_unpack import cast
+from .triton_unpack import cast, remainder
 
 
 @triton.jit
@@ -36,10 +37,12 @@ def operand(pointers, mask, PTX: tl.constexpr):
 
 
 @triton.jit
-def group_alpha(a_amax_ptr, b_amax_ptr, group, exists):
-    """Alpha of a group; 0 for no group."""
-    _, a = gemm_exponent(tl.load(a_amax_ptr + group, mask=exists, other=0.0))
-    _, b = gemm_exponent(tl.load(b_amax_ptr + group, mask=exists, other=0.0))
+def group_alpha(
+    a_amax_ptr, b_amax_ptr, group, exists, A_FORMAT: tl.constexpr, B_FORMAT: tl.constexpr
+):
+    """Alpha of a group; any number for no group, whose sums are 0."""
+    a = remainder(load_amax(a_amax_ptr, group, exists, A_FORMAT), A_FORMAT)
+    b = remainder(load_amax(b_amax_ptr, group, exists, B_FORMAT), B_FORMAT)
     return a * b
 
 
@@ -58,6 +61,8 @@ def _grouped_mm_kernel(
     stride_a,
     stride_b,
     stride_expert,
+    A_FORMAT: tl.constexpr,
+    B_FORMAT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     GROUPS: tl.constexpr,
     BM: tl.constexpr,
@@ -102,7 +107,7 @@ def _grouped_mm_kernel(
         acc = tl.dot(a, b, acc, input_precision="ieee")
         a_pointers += BK
         b_pointers += b_step
-    acc = acc * group_alpha(a_amax_ptr, b_amax_ptr, group, exists)
+    acc = acc * group_alpha(a_amax_ptr, b_amax_ptr, group, exists, A_FORMAT, B_FORMAT)
     y_pointers = y_ptr + m.to(tl.int64)[:, None] * columns + n[None, :]
     inside = (m[:, None] < end) & (n[None, :] < columns)
     tl.store(y_pointers, cast(acc, y_ptr.dtype.element_ty, PTX), mask=inside)
@@ -119,6 +124,8 @@ def _grouped_wgrad_kernel(
     N,
     K,
     num_groups,
+    A_FORMAT: tl.constexpr,
+    B_FORMAT: tl.constexpr,
     GROUPS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -129,7 +136,7 @@ def _grouped_wgrad_kernel(
     group = tl.program_id(0) // (row_tiles * column_tiles)
     tile = tl.program_id(0) % (row_tiles * column_tiles)
     starts, ends = group_bounds(offs_ptr, num_groups, 0, GROUPS)
-    sizes, slot_ends = padded(ends - starts, 16)
+    sizes, slot_ends = padded(ends - starts, A_FORMAT.block)
     end = pick(slot_ends, group, GROUPS)
     first = end - pick(sizes, group, GROUPS)
     m = (tile // column_tiles) * BM + tl.arange(0, BM)
@@ -147,7 +154,7 @@ def _grouped_wgrad_kernel(
         acc = tl.dot(tl.trans(dy), x, acc, input_precision="ieee")
         dy_pointers += BK * N
         x_pointers += BK * K
-    acc = acc * group_alpha(dy_amax_ptr, x_amax_ptr, group, True)
+    acc = acc * group_alpha(dy_amax_ptr, x_amax_ptr, group, True, A_FORMAT, B_FORMAT)
     rows = group.to(tl.int64) * N + m
     inside = (m[:, None] < N) & (n[None, :] < K)
     dw_pointers = dw_ptr + rows[:, None] * K + n[None, :]
@@ -186,6 +193,10 @@ def gemm_tile(device: torch.device) -> GemmTile:
     return HOPPER if torch.cuda.get_device_capability(device)[0] in (9, 10) else AMPERE
 
 
+def _format_constants(formats: tuple[BlockFormat, BlockFormat]) -> dict[str, BlockFormat]:
+    return {"A_FORMAT": formats[0], "B_FORMAT": formats[1]}
+
+
 def _dot_input(values: torch.Tensor) -> torch.Tensor:
     """Operand as the kernels take it: the interpreter multiplies no bf16."""
     return values.view(torch.int16) if ptx_level(values.device) == 0 else values
@@ -194,24 +205,26 @@ def _dot_input(values: torch.Tensor) -> torch.Tensor:
 def grouped_mm_triton(
     a: torch.Tensor,
     b: torch.Tensor,
-    a_amax: torch.Tensor,
-    b_amax: torch.Tensor,
+    a_amax: torch.Tensor | None,
+    b_amax: torch.Tensor | None,
     offs: torch.Tensor,
     b_transposed: bool,
     columns: int,
     out_dtype: torch.dtype,
+    formats: tuple[BlockFormat, BlockFormat],
 ) -> torch.Tensor:
     """Multiply each group's rows by its expert.
 
     Args:
         a: (M, >= inner) bf16 values, contiguous.
         b: (E, inner, >= columns) bf16 values, contiguous; (E, columns, inner) with b_transposed.
-        a_amax: (E,) fp32.
-        b_amax: (E,) fp32.
+        a_amax: (E,) fp32; None for a format without a scale per tensor.
+        b_amax: Likewise.
         offs: (E,) int32 group ends.
         b_transposed: See b.
         columns: Columns of the result.
         out_dtype: Result's dtype.
+        formats: Of a and b.
 
     Returns:
         (M, columns).
@@ -232,6 +245,7 @@ def grouped_mm_triton(
             *(a.shape[1], b.shape[2], b.shape[1] * b.shape[2]),
         ),
         {
+            **_format_constants(formats),
             "TRANSPOSED": b_transposed,
             "GROUPS": next_power_of_2(groups + 1),
             **tile.constants(a.device),
@@ -244,20 +258,22 @@ def grouped_mm_triton(
 def grouped_wgrad_triton(
     dy: torch.Tensor,
     x: torch.Tensor,
-    dy_amax: torch.Tensor,
-    x_amax: torch.Tensor,
+    dy_amax: torch.Tensor | None,
+    x_amax: torch.Tensor | None,
     offs: torch.Tensor,
     out_dtype: torch.dtype,
+    formats: tuple[BlockFormat, BlockFormat],
 ) -> torch.Tensor:
     """Weight gradient of each expert.
 
     Args:
         dy: (P, N) bf16 values by slots (numerics/grouped.py), contiguous.
         x: (P, K) bf16 values, likewise.
-        dy_amax: (E,) fp32.
-        x_amax: (E,) fp32.
+        dy_amax: (E,) fp32; None for a format without a scale per tensor.
+        x_amax: Likewise.
         offs: (E,) int32 group ends.
         out_dtype: Result's dtype.
+        formats: Of dy and x.
 
     Returns:
         (E, N, K), zeros for empty groups.
@@ -269,7 +285,11 @@ def grouped_wgrad_triton(
         _grouped_wgrad_kernel,
         groups * cdiv(n, tile.BM) * cdiv(k, tile.BN),
         (_dot_input(dy), _dot_input(x), dw, dy_amax, x_amax, offs, n, k, groups),
-        {"GROUPS": next_power_of_2(groups), **tile.constants(dy.device)},
+        {
+            **_format_constants(formats),
+            "GROUPS": next_power_of_2(groups),
+            **tile.constants(dy.device),
+        },
         **tile.options(),
     )
     return dw

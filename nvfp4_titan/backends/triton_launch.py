@@ -10,7 +10,7 @@ import torch
 import triton
 
 from ..errors import UnsupportedError
-from ..formats import BLOCK
+from ..formats import BLOCK, NVFP4, BlockFormat
 from ..numerics.grouped import padded_rows
 from .triton_amax import _amax_kernel
 from .triton_call import cdiv, launch, next_power_of_2
@@ -34,7 +34,8 @@ class Slots:
         columns: Columns.
         groups: E.
         groups_bound: What the kernels call GROUPS (triton_layout.locate).
-        blocks: Blocks of 16 slots.
+        blocks: Blocks of slots.
+        block: Slots of a block.
     """
 
     offs: torch.Tensor | None
@@ -43,25 +44,26 @@ class Slots:
     groups: int
     groups_bound: int
     blocks: int
+    block: int = BLOCK
 
     @staticmethod
-    def of(shape: torch.Size, offs: torch.Tensor | None) -> "Slots":
+    def of(shape: torch.Size, offs: torch.Tensor | None, block: int = BLOCK) -> "Slots":
         """Of (M, K), of (M, K) tokens with offs, or of (E, N, K) experts."""
         *experts, rows, columns = shape
         if offs is not None:
             groups = offs.shape[0]
-            blocks = padded_rows(rows, groups) // BLOCK
+            blocks = padded_rows(rows, groups, block) // block
             bound = max(2, next_power_of_2(groups))
-            return Slots(offs, rows, columns, groups, bound, blocks)
+            return Slots(offs, rows, columns, groups, bound, blocks, block)
         groups = experts[0] if experts else 1
-        blocks = groups * cdiv(rows, BLOCK)
-        return Slots(None, rows, columns, groups, int(groups == 1), blocks)
+        blocks = groups * cdiv(rows, block)
+        return Slots(None, rows, columns, groups, int(groups == 1), blocks, block)
 
-    def tile_columns(self, most: int) -> int:
-        """Columns of a tile, a power of two from 16. Results do not depend on it."""
+    def tile_columns(self, most: int, least: int = BLOCK) -> int:
+        """Columns of a tile, a power of two from `least`. Results do not depend on it."""
         if self.columns % most and self.columns % (most // 2) == 0:
-            return most // 2
-        return max(BLOCK, min(most, next_power_of_2(self.columns)))
+            return max(least, most // 2)
+        return max(least, min(most, next_power_of_2(self.columns)))
 
     def tile(self, t: torch.Tensor, columns: int) -> dict[str, int]:
         """What a kernel that reads t (R, K) in tiles of so many columns is compiled for.
@@ -69,7 +71,7 @@ class Slots:
         Where every tile lies in one group with all its rows and columns, the tensor's width too:
         models have few.
         """
-        rows = self.offs is None and self.rows % BLOCK == 0
+        rows = self.offs is None and self.rows % self.block == 0
         whole = rows and self.columns % columns == 0 and t.stride(0) == self.columns
         return {"C": columns, "WHOLE": whole, "WIDTH": self.columns if whole else 0}
 
@@ -83,6 +85,12 @@ class Use:
     rht: bool
     packed: bool
     values: bool
+    format: BlockFormat = NVFP4
+
+    @property
+    def scaled(self) -> bool:
+        """Whether it has a scale per tensor, and so needs an amax."""
+        return self.format.tensor_scale
 
 
 @cache
@@ -113,8 +121,8 @@ def _programs(slots: Slots, columns: int, width: int) -> int:
     return slots.blocks * cdiv(width, columns)
 
 
-def _warps(columns: int) -> int:
-    return max(1, columns // COLUMNS_PER_WARP)
+def _warps(columns: int, rows: int = BLOCK) -> int:
+    return max(1, columns * rows // BLOCK // COLUMNS_PER_WARP)
 
 
 def amax_triton(
@@ -127,17 +135,18 @@ def amax_triton(
 
     Args:
         t: (M, K) or (E, N, K), fp32, bf16 or fp16.
-        slots: Its groups.
+        slots: Its groups, in blocks of 16.
         rows: Its use along the last dim, or None.
         cols: Its use along the dim before, or None.
 
     Returns:
-        (2, E) fp32, 0 where a use is None.
+        (2, E) fp32, 0 where a use is None or has no scale per tensor.
     """
+    rows, cols = (use if use and use.scaled else None for use in (rows, cols))
     amax = torch.zeros((2, slots.groups), dtype=torch.int32, device=t.device)
     ptx_level(t.device)  # refuses what no kernel runs on
     t = _flat(t)
-    if t.numel():
+    if t.numel() and (rows or cols):
         columns = slots.tile_columns(MAX_COLUMNS)
         constants = {
             "GROUPS": slots.groups_bound,
@@ -159,9 +168,16 @@ def amax_triton(
     return amax.view(torch.float32)
 
 
+def tile_rows(rows: Use | None, cols: Use | None) -> int:
+    """Rows of the quantize kernel's tiles: of the blocks that run along them."""
+    if cols is not None:
+        return cols.format.block
+    return rows.format.block if rows.square else BLOCK
+
+
 def quantize_triton(
     t: torch.Tensor,
-    slots: Slots,
+    offs: torch.Tensor | None,
     rows: Use | None,
     cols: Use | None,
     amax: torch.Tensor,
@@ -174,28 +190,38 @@ def quantize_triton(
 
     Args:
         t: (M, K) or (E, N, K), fp32, bf16 or fp16.
-        slots: Its groups.
+        offs: Group ends of tokens, or None.
         rows: Its use along the last dim, or None.
         cols: Its use along the dim before, or None.
-        amax: (2, E) fp32.
-        outputs: Codes (uint8), scales (float8_e4m3fn), values (bf16) of the row operand, then of
+        amax: (2, E) fp32; not read where no use has a scale per tensor.
+        outputs: Codes, scales (of the formats' dtypes), values (bf16) of the row operand, then of
             the column operand, in the layout of triton_quantize.py; any tensor where unused.
         streams: SR streams of the two uses.
         key: SR key.
         offset: Global (row, column) of t's first element.
     """
-    t = _flat(t)
     if not t.numel():
         return
-    columns = slots.tile_columns(MAX_COLUMNS)
+    height = tile_rows(rows, cols)
+    if rows and rows.square and rows.format.block > height:
+        # Its squares do not fit into the tiles that the column operand needs.
+        options = (amax, outputs, streams, key, offset)
+        quantize_triton(t, offs, rows, None, *options)
+        quantize_triton(t, offs, None, cols, *options)
+        return
+    slots = Slots.of(t.shape, offs, height)
+    t = _flat(t)
+    least = max(use.format.block for use in (rows, cols) if use)
+    columns = slots.tile_columns(MAX_COLUMNS * BLOCK // height, least)
     integer = (torch.uint8, torch.uint8, torch.int16)
     pointers = [t.view(dtype) for t, dtype in zip(outputs, integer * 2, strict=True)]
     # A short last dim: padding is written, so the tile must reach it.
-    width = cdiv(slots.columns, BLOCK) * BLOCK
+    width = cdiv(slots.columns, least) * least
     constants = {
         "GROUPS": slots.groups_bound,
         **_use_constants(rows, cols),
         "ROUND": t.dtype != torch.bfloat16,
+        "ROWS": height,
         **slots.tile(t, columns),
         "PTX": ptx_level(t.device),
     }
@@ -206,17 +232,18 @@ def quantize_triton(
         _programs(slots, columns, width),
         (t, t.stride(0), slots.offs, amax, *pointers, *sizes, *counters),
         constants,
-        num_warps=_warps(columns),
+        num_warps=_warps(columns, height),
         maxnreg=max_registers(t.dtype, constants["PTX"]),
     )
 
 
 @cache
-def _use_constants(rows: Use | None, cols: Use | None) -> dict[str, bool]:
+def _use_constants(rows: Use | None, cols: Use | None) -> dict[str, bool | BlockFormat]:
     constants = {}
     for name, use in (("ROW", rows), ("COL", cols)):
         constants[name] = use is not None
         use = use or Use(False, False, False, False, False)
+        constants[f"{name}_FORMAT"] = use.format
         for field in ("square", "sr", "rht", "packed", "values"):
             constants[f"{name}_{field.upper()}"] = getattr(use, field)
     return constants
@@ -240,27 +267,34 @@ def unpack_triton(
     values: torch.Tensor,
     slots: Slots,
     along_rows: bool,
+    fmt: BlockFormat,
+    dequantize: bool = False,
 ) -> None:
-    """Unpack an operand to bf16 values.
+    """Unpack an operand to bf16 values, or to what it stands for.
 
     Args:
-        codes: uint8, in the layout of triton_quantize.py.
-        scale: float8_e4m3fn.
-        amax: (E,) fp32.
-        values: bf16, written.
+        codes: Of the format's dtype, in the layout of triton_quantize.py.
+        scale: Likewise.
+        amax: (E,) fp32; None for formats without a scale per tensor.
+        values: bf16, written; any dtype of an input with `dequantize`.
         slots: Groups of the values: (R, Kp) of a row operand, (P, K) of a column operand.
         along_rows: Whether it is a column operand, whose blocks run along rows.
+        fmt: The operand's format.
+        dequantize: Write x_hat; of row operands.
     """
     if not values.numel():
         return
-    columns = slots.tile_columns(2 * MAX_COLUMNS)
-    tensors = (codes, scale.view(torch.uint8), amax, slots.offs, values.view(torch.int16))
+    columns = slots.tile_columns(2 * MAX_COLUMNS, fmt.block)
+    written = values if dequantize else values.view(torch.int16)
+    bytes_ = (t.view(torch.uint8) for t in (codes, scale))
+    tensors = (*bytes_, amax, slots.offs, written)
     launch(
         _unpack_kernel,
         _programs(slots, columns, slots.columns),
         (*tensors, slots.rows, slots.columns, slots.groups),
         {
             "GROUPS": slots.groups_bound,
+            "FORMAT": fmt,
             "COLUMNS": along_rows,
             "C": columns,
             "PTX": ptx_level(values.device),
@@ -269,10 +303,23 @@ def unpack_triton(
     )
 
 
-def alpha_triton(a_amax: torch.Tensor, b_amax: torch.Tensor) -> torch.Tensor:
-    """(2,) fp32: alpha of a GEMM whose operands have these amaxes (scalars), and 0."""
-    alpha = torch.empty(2, dtype=torch.float32, device=a_amax.device)
-    launch(_alpha_kernel, 1, (a_amax, b_amax, alpha), {}, num_warps=1)
+def alpha_triton(
+    a_amax: torch.Tensor | None,
+    b_amax: torch.Tensor | None,
+    formats: tuple[BlockFormat, BlockFormat],
+    device: torch.device,
+) -> torch.Tensor:
+    """(2,) fp32: alpha of a GEMM, and 0.
+
+    Args:
+        a_amax: fp32 scalar; None for a format without a scale per tensor.
+        b_amax: Likewise.
+        formats: Of the two operands.
+        device: Where the GEMM runs.
+    """
+    alpha = torch.empty(2, dtype=torch.float32, device=device)
+    constants = dict(zip(("A_FORMAT", "B_FORMAT"), formats, strict=True))
+    launch(_alpha_kernel, 1, (a_amax, b_amax, alpha), constants, num_warps=1)
     return alpha
 
 

@@ -71,7 +71,7 @@ def gemm_rows() -> list[BenchRow]:
     a, b = (t.detach() for t in _leaves((PEAK, PEAK), (PEAK, PEAK)))
     amax = torch.ones((), device="cuda")
     gemm = lambda: triton_ops.gemm(  # noqa: E731
-        a, b, amax, amax, False, True, PEAK, torch.bfloat16
+        a, b, amax, amax, False, True, PEAK, torch.bfloat16, "nvfp4,nvfp4"
     )
     times = measure({"bf16": lambda: a @ b.T, "triton": gemm})
     return _rows("gemm", {"M": PEAK, "K": PEAK, "N": PEAK}, times, 2 * PEAK**3)
