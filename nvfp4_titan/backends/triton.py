@@ -63,9 +63,7 @@ def _operand(
     codes, scale, values = outputs
     values = values if use.values else None
     fmt = use.format.format
-    return QuantizedOperand(
-        codes, scale, amax if fmt.tensor_scale else None, size, fmt, values
-    )
+    return QuantizedOperand(codes, scale, amax if fmt.tensor_scale else None, size, fmt, values)
 
 
 def _amax(
@@ -172,4 +170,5 @@ TRITON = Backend(
     wgrad=_wgrad,
     gemm=GemmOp("nvfp4_titan::triton_gemm", _weight_shape),
     formats=frozenset(FORMATS),
+    dequantize=_dequantize,
 )

@@ -54,9 +54,7 @@ def padded(sizes, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def locate(
-    slot_block, offs_ptr, rows, num_groups, GROUPS: tl.constexpr, BLOCK: tl.constexpr = 16
-):
+def locate(slot_block, offs_ptr, rows, num_groups, GROUPS: tl.constexpr, BLOCK: tl.constexpr = 16):
     """What a slot block holds: group, block in the group, first row of the group, its end.
 
     Args:

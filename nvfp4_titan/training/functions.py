@@ -41,8 +41,7 @@ from ..distributed import (
     reduced_amax,
 )
 from ..errors import UnsupportedError
-from ..numerics import QuantizedOperand, dequantize
-from ..numerics.grouped import dequantize_tokens
+from ..numerics import QuantizedOperand
 from ..recipe import Recipe
 
 AGAIN = 6
@@ -246,7 +245,7 @@ def _backward_operand(
         return operand
     offs = None if is_w else offs
     dtype = ctx.dtypes[0]
-    t = dequantize(operand, dtype) if offs is None else dequantize_tokens(operand, offs, dtype)
+    t = ctx.backend.dequantize(operand, dtype, offs)
     own = use(recipe, gemm, "right", now=True)
     if own is None:
         return t
@@ -289,9 +288,9 @@ def _kept_weight(ctx, tensors: list[torch.Tensor | None], key: torch.Tensor | No
 def _forward_weight_uses(recipe: Recipe, keep: bool) -> tuple[OperandUse | None, OperandUse | None]:
     """Uses of w along K and along N in the forward pass; keep: for backward, too."""
     own = not (recipe.shares_weight_codes or recipe.dequantized)
-    # The same codes are multiplied again in dgrad: its values are kept, if any.
+    # What dgrad multiplies is kept, values where there are any: they would be unpacked again.
     rows = use(recipe, "fprop", "right", kept=keep and recipe.dequantized, now=True)
-    return rows, use(recipe, "dgrad", "right", kept=True) if keep and own else None
+    return rows, use(recipe, "dgrad", "right", now=True) if keep and own else None
 
 
 def _quantize_weight(
