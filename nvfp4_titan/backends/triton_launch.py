@@ -338,7 +338,8 @@ def unpack_triton(
     if not values.numel():
         return
     sizes = (slots.rows, slots.columns, slots.groups)
-    kind = (*sizes, slots.groups_bound, slots.blocks, fmt, along_rows, values.device)
+    kind = (*sizes, slots.groups_bound, slots.blocks, fmt, along_rows, values.device, values.dtype)
+    kind += (dequantize,)
     unpack = _UNPACKED.get(kind) or _UNPACKED.make(
         kind, _unpack_launch, slots, fmt, along_rows, values.device
     )
