@@ -52,6 +52,10 @@ class BlockFormat:
     tensor_scale: bool = True
     block_targets: tuple[float, ...] = (6.0,)
 
+    def __hash__(self) -> int:
+        """Of the name alone: kernels are looked up by their formats at every launch."""
+        return hash(self.name)
+
     @property
     def encode_max(self) -> float:
         """Largest `code * block_scale`: the tensor's amax is mapped onto it."""

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from support import differing
 
 from nvfp4_titan.backends import BACKENDS, OperandUse
+from nvfp4_titan.formats import MXFP8, MXFP8_FLOOR, NVFP4, NVFP4_46
 from nvfp4_titan.numerics import QuantizedOperand
 from nvfp4_titan.numerics.grouped import padded_rows
 from nvfp4_titan.numerics.quantize import global_scale, scaled_values
@@ -25,6 +26,19 @@ FORMATS = TOKEN_FORMATS + tuple(
     for rounding in ("rtne", "sr")
     for rht in (False, True)
 )
+OTHER_FORMATS = (
+    *(
+        OperandFormat(fmt, block, rounding, rht)
+        for fmt in (NVFP4_46, NVFP4.single_level())
+        for block, rounding, rht in (
+            ((1, 16), "rtne", False),
+            ((1, 16), "sr", True),
+            ((16, 16), "rtne", False),
+        )
+    ),
+    *(OperandFormat(fmt, (rows, 32)) for fmt, rows in ((MXFP8, 1), (MXFP8_FLOOR, 1), (MXFP8, 32))),
+)
+"""Formats of the other recipes, as they use them; and squares of MXFP8."""
 
 
 def draw(
@@ -48,29 +62,36 @@ def uses(rows: OperandFormat | None, cols: OperandFormat | None):
 
 def check_operand(actual: QuantizedOperand, expected: QuantizedOperand) -> None:
     """Codes, scales and amaxes are equal bit for bit, and values are what the codes stand for."""
-    fields = (actual.codes, actual.block_scale, actual.amax, actual.values)
-    codes, scale, amax, values = (t.cpu() for t in fields)
+    fields = (actual.codes, actual.block_scale, actual.values)
+    codes, scale, values = (t.cpu() for t in fields)
+    fmt, amax = expected.format, None if actual.amax is None else actual.amax.cpu()
     assert codes.shape == expected.codes.shape and actual.K == expected.K
+    assert actual.format == fmt and codes.dtype == fmt.code_dtype
     torch.testing.assert_close(amax, expected.amax, rtol=0, atol=0, equal_nan=True)
     expected_scale = expected.block_scale.contiguous()
     assert differing(scale.contiguous(), expected_scale) == 0
     # What a NaN is rounded to is not defined: its scale is NaN.
-    defined = ~expected_scale.float().isnan().repeat_interleave(8, -1)
-    assert differing(codes[defined], expected.codes[defined]) == 0
-    check_values(values, codes, expected_scale, amax)
+    defined = ~expected_scale.float().isnan().repeat_interleave(fmt.block // fmt.codes_per_byte, -1)
+    codes, wanted = (t.contiguous().view(torch.uint8) for t in (codes, expected.codes))
+    assert differing(codes[defined], wanted[defined]) == 0
+    check_values(values, codes.view(fmt.code_dtype), expected_scale, amax, fmt)
 
 
-def check_values(values, codes, scale, amax) -> None:
-    """Values are lut[q] * S_b * 2**e, NaN where S_b is."""
-    exact = scaled_values(codes.contiguous(), scale)
-    defined = ~scale.float().isnan().repeat_interleave(16, -1)
+def check_values(values, codes, scale, amax, fmt) -> None:
+    """Values are lut[q] * S_b * 2**e, or MXFP8's code * scale; NaN where the scale is."""
+    exact = scaled_values(codes.contiguous(), scale, torch.bfloat16, fmt)
+    defined = ~scale.float().isnan().repeat_interleave(fmt.block, -1)
     assert values.dtype == torch.bfloat16 and not values[~defined].isfinite().any()
-    mantissa, exponent = torch.frexp(global_scale(amax))
+    if fmt.codes_per_byte == 1:
+        assert torch.equal(values[defined], exact[defined])
+        return
+    amax = torch.tensor(fmt.encode_max) if amax is None else amax
+    mantissa, exponent = torch.frexp(global_scale(amax, fmt))
     exponent = torch.where(mantissa.isfinite(), exponent - 1, 128)
     exponent = torch.where(mantissa == 0, -127, exponent).clamp(-100, -8)
     factor = 2.0**exponent
     factor = factor[:, None, None] if amax.dim() else factor
-    assert torch.equal(values.float()[defined], (exact * factor)[defined])
+    assert torch.equal(values.float()[defined], (exact.float() * factor)[defined])
 
 
 def check_quantize(t: torch.Tensor, rows, cols, device: str, offs=None, **kwargs) -> None:
@@ -94,7 +115,7 @@ def check_groups(mine, wanted, offs, along_tokens: bool) -> None:
     """As check_operand, for tokens in groups: rows of no group do not count."""
     start = slot = 0
     for e, end in enumerate(offs.tolist()):
-        slots = padded_rows(end - start, 0)
+        slots = padded_rows(end - start, 0, wanted.format.block)
         if along_tokens:
             part = (slice(None), slice(slot, slot + slots))
         else:
@@ -107,12 +128,14 @@ def part_of(operand: QuantizedOperand, part: tuple[slice, slice], group: int) ->
     """Rows and elements of an operand that belong to a group."""
     rows, columns = part
     packed = {}
-    for name, n in (("codes", 2), ("block_scale", 16)):
+    fmt = operand.format
+    for name, n in (("codes", fmt.codes_per_byte), ("block_scale", fmt.block)):
         whole = columns == slice(None)
         span = columns if whole else slice(columns.start // n, columns.stop // n)
         packed[name] = getattr(operand, name)[rows, span]
     values = None if operand.values is None else operand.values[rows, columns]
-    return replace(operand, **packed, amax=operand.amax[group], values=values)
+    amax = None if operand.amax is None else operand.amax[group]
+    return replace(operand, **packed, amax=amax, values=values)
 
 
 def gemms(function, x, w, dy):

@@ -16,6 +16,8 @@ import torch
 
 from ..formats import NVFP4
 from ..numerics import QuantizedOperand
+from ..numerics import dequantize as dequantize_plain
+from ..numerics.grouped import dequantize_tokens
 from ..recipe import GEMMS, OperandFormat
 
 Operands = tuple[QuantizedOperand | None, QuantizedOperand | None]
@@ -148,6 +150,27 @@ class WeightGrad(Protocol):
         """(N, K): dy @ x.T of two operands with tokens last; (E, N, K) per group with offs."""
 
 
+class Dequantize(Protocol):
+    """What an operand with the contraction along its last dim stands for."""
+
+    def __call__(
+        self,
+        operand: QuantizedOperand,
+        dtype: torch.dtype,
+        offs: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(..., K) x_hat of `dtype`; with offs of tokens in groups, where rows of none are 0."""
+
+
+def oracle_dequantize(
+    operand: QuantizedOperand, dtype: torch.dtype, offs: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`Dequantize` in plain PyTorch."""
+    if offs is None:
+        return dequantize_plain(operand, dtype)
+    return dequantize_tokens(operand, offs, dtype)
+
+
 class WeightShape(Protocol):
     """Reads a GEMM's size off a call of its op."""
 
@@ -183,3 +206,4 @@ class Backend:
     wgrad: WeightGrad
     gemm: GemmOp
     formats: frozenset[str] = frozenset({NVFP4.name})
+    dequantize: Dequantize = oracle_dequantize

@@ -1,10 +1,10 @@
 """The Triton backend: the whole recipe in fused kernels and bf16 GEMMs, on sm_80 and newer.
 
-Bits are the oracle's. A GEMM multiplies `lut[q] * S_b`, which bf16 holds exactly, with fp32
-accumulation, and alpha is applied in fp32 before the output cast: the NVFP4 GEMM up to the order of
-accumulation (it emulates FP4, at bf16 speed). Operands for a GEMM that follows at once are written
-as those values; operands kept for later stay packed, 0.56 bytes an element, and are unpacked when
-used.
+Bits are the oracle's, in every format. A GEMM multiplies `lut[q] * S_b`, which bf16 holds exactly,
+with fp32 accumulation, and alpha is applied in fp32 before the output cast: the NVFP4 GEMM up to
+the order of accumulation (it emulates FP4, at bf16 speed). MXFP8's `code * scale` is exact in bf16,
+too, and needs no alpha. Operands for a GEMM that follows at once are written as those values;
+operands kept for later stay packed, 0.56 (1.03) bytes an element, and are unpacked when used.
 
 This module imports no Triton; triton_ops.py loads the kernels when the first one runs.
 """
@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import torch
 
 from ..numerics import QuantizedOperand
+from ..recipe import FORMATS
 from . import triton_ops as ops
 from .backend import Backend, GemmOp, Operands, OperandUse, streams_and_key
 
@@ -56,7 +57,8 @@ def _operand(
         return None
     codes, scale, values = outputs
     values = values if use.values else None
-    return QuantizedOperand(codes, scale, amax, size, use.format.format, values)
+    fmt = use.format.format
+    return QuantizedOperand(codes, scale, amax if fmt.tensor_scale else None, size, fmt, values)
 
 
 def _amax(
@@ -77,7 +79,14 @@ def _values(
     packed = operand.codes, operand.block_scale
     if along_rows:
         packed = tuple(t.mT for t in packed)
-    return ops.unpack(*packed, operand.amax, offs, along_rows)
+    return ops.unpack(*packed, operand.amax, offs, along_rows, operand.format.name)
+
+
+def _dequantize(
+    operand: QuantizedOperand, dtype: torch.dtype, offs: torch.Tensor | None = None
+) -> torch.Tensor:
+    packed = operand.codes, operand.block_scale, operand.amax
+    return ops.dequantize(*packed, offs, dtype, operand.format.name)[..., : operand.K]
 
 
 def _mm(
@@ -93,11 +102,19 @@ def _mm(
     b_tensor = b.codes if b.values is None else b.values
     contraction_first = not b_tensor.is_contiguous()
     left, right = _values(a, False, offs), _values(b, contraction_first)
-    operands = (left, right, a.amax, b.amax)
+    operands, formats = (left, right, a.amax, b.amax), f"{a.format.name},{b.format.name}"
     transposed = contraction_first == b_transposed
+    if offs is None and _needs_no_alpha(a, b, out_dtype):
+        right = (right.mT if transposed else right)[:, :columns]
+        return left[:, : right.shape[0]] @ right
     if offs is not None:
-        return ops.grouped_mm(*operands, offs, transposed, columns, out_dtype)
-    return ops.gemm(*operands, False, transposed, columns, out_dtype)
+        return ops.grouped_mm(*operands, offs, transposed, columns, out_dtype, formats)
+    return ops.gemm(*operands, False, transposed, columns, out_dtype, formats)
+
+
+def _needs_no_alpha(a: QuantizedOperand, b: QuantizedOperand, out_dtype: torch.dtype) -> bool:
+    """Whether a plain bf16 GEMM of the values is the result: then compilers get to see it."""
+    return a.format.codes_per_byte == b.format.codes_per_byte == 1 and out_dtype == torch.bfloat16
 
 
 def _weight_shape(
@@ -113,10 +130,12 @@ def _wgrad(
     offs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     left, right = _values(dy, True, offs), _values(x, True, offs)
-    operands = (left, right, dy.amax, x.amax)
+    operands, formats = (left, right, dy.amax, x.amax), f"{dy.format.name},{x.format.name}"
+    if offs is None and _needs_no_alpha(dy, x, out_dtype):
+        return left.mT @ right
     if offs is not None:
-        return ops.grouped_wgrad(*operands, offs, out_dtype)
-    return ops.gemm(*operands, True, False, right.shape[1], out_dtype)
+        return ops.grouped_wgrad(*operands, offs, out_dtype, formats)
+    return ops.gemm(*operands, True, False, right.shape[1], out_dtype, formats)
 
 
 def _unavailable(device: str | None = None) -> str | None:
@@ -145,4 +164,6 @@ TRITON = Backend(
     mm=_mm,
     wgrad=_wgrad,
     gemm=GemmOp("nvfp4_titan::triton_gemm", _weight_shape),
+    formats=frozenset(FORMATS),
+    dequantize=_dequantize,
 )

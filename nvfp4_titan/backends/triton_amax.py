@@ -19,10 +19,10 @@ def larger(a, b):
 
 
 @triton.jit
-def tile_amax(tile):
-    """(C,) int32 bits of the maximal magnitude over 16 fp32 tensors."""
+def tile_amax(tile, ROWS: tl.constexpr = 16):
+    """(C,) int32 bits of the maximal magnitude over ROWS fp32 tensors."""
     amax = tl.abs(tile[0])
-    for i in tl.static_range(1, 16):
+    for i in tl.static_range(1, ROWS):
         amax = larger(amax, tl.abs(tile[i]))
     # Again, since a NaN may come with a sign.
     return bits(amax) & MAGNITUDE_BITS

@@ -48,13 +48,19 @@ RTNE_SIGNED = tl.constexpr(
 
 
 @triton.jit
-def e2m1_rtne(a):
-    """`code << 22` of magnitudes a in [0, 6], nearest, ties to even."""
+def e2m1_nearest(a):
+    """Magnitudes a in [0, 6] rounded to E2M1, ties to even."""
     # 1, 2 or 4: twice the step. An addend of 2**23 steps rounds to whole steps, ties to even; the
     # products are exact, so fused or not is the same.
     base = number(bits(tl.maximum(a, 1.0)) & EXPONENT_BITS)
     rounded = tl.fma(base, 4194304.0, a)
-    return bits(tl.fma(base, -4194304.0, rounded) * 1.1754943508222875e-38)
+    return tl.fma(base, -4194304.0, rounded)
+
+
+@triton.jit
+def e2m1_rtne(a):
+    """`code << 22` of magnitudes a in [0, 6], nearest, ties to even."""
+    return bits(e2m1_nearest(a) * 1.1754943508222875e-38)
 
 
 @triton.jit
@@ -203,29 +209,30 @@ def unpack_codes(codes, factor, PTX: tl.constexpr):
 
 
 @triton.jit
-def gemm_exponent(amax):
+def gemm_exponent(amax, MAX: tl.constexpr = ENCODE_MAX):
     """Exponent e of the power of two in GEMM operands, and what is left for alpha.
 
     Operands are `lut[q] * S_b * 2**e`, which bf16 holds exactly, with 2**e the power of two in the
-    decode scale amax / 2688 (clamped): sums are then of the size of the result, and alpha, the
+    decode scale amax / MAX (clamped): sums are then of the size of the result, and alpha, the
     product of the two remainders, is far from overflow and underflow.
 
     Args:
         amax: fp32.
+        MAX: encode_max of the operand's format.
 
     Returns:
-        e (int32) and amax / 2688 / 2**e (fp32, exact; NaN and Inf stay).
+        e (int32) and amax / MAX / 2**e (fp32, exact; NaN and Inf stay).
     """
-    scale = tl.div_rn(amax, ENCODE_MAX)
+    scale = tl.div_rn(amax, MAX)
     exponent = ((bits(scale) >> 23) & 0xFF) - 127
     exponent = tl.minimum(tl.maximum(exponent, MIN_EXPONENT), MAX_EXPONENT)
     return exponent, scale * number((127 - exponent) << 23)
 
 
 @triton.jit
-def gemm_factor(amax):
+def gemm_factor(amax, MAX: tl.constexpr):
     """2**(126 + e): a block's S_b times this turns lanes into the GEMM operand."""
-    exponent, _ = gemm_exponent(amax)
+    exponent, _ = gemm_exponent(amax, MAX)
     return number((253 + exponent) << 23)
 
 

@@ -1,7 +1,7 @@
 """Where the Triton kernels' tiles lie, and how they are loaded.
 
-A tile is 16 rows of C columns. For an operand that contracts over tokens it is held as a tuple of
-16 tensors of C elements: what runs along rows (RHT, amax, packing, random bytes) is then
+A tile is 16 rows of C columns, or 32 of half as many for blocks of 32. For an operand that contracts over tokens it is held as a tuple of
+16 (32) tensors of C elements: what runs along rows (RHT, amax, packing, random bytes) is then
 elementwise, without a shuffle or a transpose, and the operand is written as it lies, tokens first,
 which cuBLAS takes. For an operand that contracts along columns the tile is loaded once more, out of
 the L1 cache, as one flat tensor: a thread then holds half a block, and two share a block's scales
@@ -54,7 +54,7 @@ def padded(sizes, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def locate(slot_block, offs_ptr, rows, num_groups, GROUPS: tl.constexpr):
+def locate(slot_block, offs_ptr, rows, num_groups, GROUPS: tl.constexpr, BLOCK: tl.constexpr = 16):
     """What a slot block holds: group, block in the group, first row of the group, its end.
 
     Args:
@@ -64,6 +64,7 @@ def locate(slot_block, offs_ptr, rows, num_groups, GROUPS: tl.constexpr):
         num_groups: Number of groups.
         GROUPS: For tokens num_groups rounded up to a power of two, at least 2; 0 for equal groups;
             1 for one group of all rows.
+        BLOCK: Slots of a slot block.
 
     Returns:
         Four int32 scalars; the group is num_groups or more for slots that nothing needs.
@@ -71,15 +72,15 @@ def locate(slot_block, offs_ptr, rows, num_groups, GROUPS: tl.constexpr):
     if GROUPS == 1:
         return 0, slot_block, 0, rows
     elif GROUPS == 0:
-        per_group = (rows + 15) // 16
+        per_group = (rows + (BLOCK - 1)) // BLOCK
         group = slot_block // per_group
         return group, slot_block - group * per_group, group * rows, (group + 1) * rows
     else:
         starts, ends = group_bounds(offs_ptr, num_groups, 0, GROUPS)
-        sizes, slot_ends = padded(ends - starts, 16)
-        slot = slot_block * 16
+        sizes, slot_ends = padded(ends - starts, BLOCK)
+        slot = slot_block * BLOCK
         group = tl.sum((slot_ends <= slot).to(tl.int32), axis=0)
-        block = (slot - pick(slot_ends - sizes, group, GROUPS)) // 16
+        block = (slot - pick(slot_ends - sizes, group, GROUPS)) // BLOCK
         return group, block, pick(starts, group, GROUPS), pick(ends, group, GROUPS)
 
 
@@ -97,8 +98,10 @@ def all_or(mask, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(x_ptr, stride, first_row, end, columns, K, WHOLE: tl.constexpr):
-    """A tile as 16 fp32 tensors; zeros outside.
+def load_tile(
+    x_ptr, stride, first_row, end, columns, K, WHOLE: tl.constexpr, ROWS: tl.constexpr = 16
+):
+    """A tile as ROWS fp32 tensors; zeros outside.
 
     Args:
         x_ptr: fp32, bf16 or fp16.
@@ -107,10 +110,11 @@ def load_tile(x_ptr, stride, first_row, end, columns, K, WHOLE: tl.constexpr):
         end: End of the group's rows.
         columns: (C,) int32.
         K: Number of columns.
-        WHOLE: Whether every tile is 16 rows of columns that exist.
+        WHOLE: Whether every tile is ROWS rows of columns that exist.
+        ROWS: Rows of the tile.
     """
     tile = ()
-    for i in tl.static_range(16):
+    for i in tl.static_range(ROWS):
         row = first_row + i
         pointers = x_ptr + row.to(tl.int64) * stride + columns
         inside = all_or(below(columns, K, row < end), WHOLE)
@@ -120,16 +124,26 @@ def load_tile(x_ptr, stride, first_row, end, columns, K, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def flat_index(C: tl.constexpr):
-    """Row and column in the tile of a flat tile's elements, (16 * C,) int32 each."""
-    index = tl.arange(0, 16 * C)
+def flat_index(C: tl.constexpr, ROWS: tl.constexpr):
+    """Row and column in the tile of a flat tile's elements, (ROWS * C,) int32 each."""
+    index = tl.arange(0, ROWS * C)
     return index // C, index % C
 
 
 @triton.jit
-def load_flat(x_ptr, stride, first_row, end, column, K, C: tl.constexpr, WHOLE: tl.constexpr):
-    """A tile as (16 * C,) fp32; arguments as `load_tile`'s, `column` the tile's first."""
-    row, offset = flat_index(C)
+def load_flat(
+    x_ptr,
+    stride,
+    first_row,
+    end,
+    column,
+    K,
+    C: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A tile as (ROWS * C,) fp32; arguments as `load_tile`'s, `column` the tile's first."""
+    row, offset = flat_index(C, ROWS)
     pointers = x_ptr + first_row.to(tl.int64) * stride + column + (row * stride + offset)
     inside = all_or((row < end - first_row) & (offset < K - column), WHOLE)
     return to_fp32(tl.load(pointers, mask=inside, other=0.0))

@@ -5,20 +5,22 @@ take and return contiguous tensors in the layouts of triton_quantize.py. No op t
 and RTNE takes no key, so that compilers merge equal calls.
 
 A use travels as a string: its `OperandFormat`, and after "/" what is written of it ("p" packed,
-"v" values); "" stands for a use that nobody asked for.
+"v" values); "" stands for a use that nobody asked for. The formats of a GEMM's two operands travel
+as "format,format".
 """
 
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
 
 import torch
 
-from ..formats import BLOCK
+from ..errors import UnsupportedError
+from ..formats import BLOCK, BlockFormat
 from ..numerics.grouped import padded_rows
-from ..recipe import OperandFormat
+from ..recipe import FORMATS, OperandFormat
 from . import cublas
 from .registration import fake_of, functional_op
 
@@ -42,35 +44,65 @@ def _use(spec: str):
         return None
     name, written = spec.split("/")
     fmt = OperandFormat.parse(name)
+    if fmt.rht and fmt.format.block != BLOCK:
+        raise UnsupportedError(f"backend 'triton' lacks {name}: use backend = 'reference'")
     return _module("triton_launch").Use(
         square=fmt.block[0] != 1,
         sr=fmt.rounding == "sr",
         rht=fmt.rht,
         packed="p" in written,
         values="v" in written,
+        format=fmt.format,
     )
+
+
+@cache
+def _formats(names: str) -> tuple[BlockFormat, ...]:
+    """Of "format,format"."""
+    return tuple(FORMATS[name] for name in names.split(","))
+
+
+@cache
+def _any_scaled(*specs: str) -> bool:
+    """Whether any use has a scale per tensor, and so needs an amax."""
+    return any(_layout(spec).tensor_scale for spec in specs if spec)
+
+
+@cache
+def _layout(spec: str) -> BlockFormat:
+    """Format of a use, which says how it is stored; that of "" stores nothing."""
+    return OperandFormat.parse(spec.partition("/")[0]).format if spec else FORMATS["nvfp4"]
 
 
 def _outputs(
     t: torch.Tensor, offs: torch.Tensor | None, rows: str, cols: str, new: Callable
 ) -> list[torch.Tensor]:
     """Codes, scales and values of both uses, made by `new`; empty where not asked for."""
-    *outer, m, k = t.shape
-    kp = -(-k // BLOCK) * BLOCK
-    slots = -(-m // BLOCK) * BLOCK if offs is None else padded_rows(m, offs.shape[0])
-    shapes = (
-        ((m, kp // 2), (m, kp // BLOCK), (m, kp)),
-        ((slots // 2, k), (slots // BLOCK, k), (slots, k)),
-    )
+    groups = None if offs is None else offs.shape[0]
+    # A compiler's sizes may be symbols, which cannot be looked up.
+    known = all(type(size) is int for size in t.shape)
+    shapes = (_output_shapes if known else _output_shapes.__wrapped__)(t.shape, groups, rows, cols)
+    return [new(shape, dtype=dtype) for shape, dtype in shapes]
+
+
+@lru_cache(maxsize=4096)
+def _output_shapes(
+    shape: torch.Size, groups: int | None, rows: str, cols: str
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    *outer, m, k = shape
     outputs = []
-    for spec, (codes, scale, values) in zip((rows, cols), shapes, strict=True):
-        written = spec.partition("/")[2]
-        for letter, shape, dtype in (
-            ("p", codes, torch.uint8),
-            ("p", scale, torch.float8_e4m3fn),
-            ("v", values, torch.bfloat16),
+    for spec, along_rows in ((rows, False), (cols, True)):
+        fmt, written = _layout(spec), spec.partition("/")[2]
+        blocks = -(-(m if along_rows else k) // fmt.block)
+        if along_rows and groups is not None:
+            blocks = padded_rows(m, groups, fmt.block) // fmt.block
+        for letter, a_block, dtype in (
+            ("p", fmt.block // fmt.codes_per_byte, fmt.code_dtype),
+            ("p", 1, fmt.scale_dtype),
+            ("v", fmt.block, torch.bfloat16),
         ):
-            outputs.append(new((*outer, *shape) if letter in written else (0,), dtype=dtype))
+            last = (blocks * a_block, k) if along_rows else (m, blocks * a_block)
+            outputs.append(((*outer, *last) if letter in written else (0,), dtype))
     return outputs
 
 
@@ -79,6 +111,13 @@ def _groups(t: torch.Tensor, offs: torch.Tensor | None) -> tuple[int, ...]:
     if offs is not None:
         return tuple(offs.shape)
     return tuple(t.shape[:-2])
+
+
+def _amaxes_shape(
+    t: torch.Tensor, offs: torch.Tensor | None, rows: str, cols: str
+) -> tuple[int, ...]:
+    """Shape of a quantized tensor's amaxes: (2, ...), without elements where none is needed."""
+    return (2, *_groups(t, offs)) if _any_scaled(rows, cols) else (2, 0)
 
 
 @functional_op("triton_amax")
@@ -107,53 +146,87 @@ def quantize(
 ) -> SEVEN_TENSORS:
     """Quantize (M, K), tokens (M, K) with offs, or experts (E, N, K), along both dims."""
     launch = _module("triton_launch")
-    slots = launch.Slots.of(t.shape, offs)
     uses = _use(rows), _use(cols)
-    if amax is None:
-        amaxes = launch.amax_triton(t, slots, *uses)
+    shape = _amaxes_shape(t, offs, rows, cols)
+    if 0 in shape:
+        amaxes = t.new_empty(shape, dtype=torch.float32)
+    elif amax is None:
+        amaxes = launch.take_amaxes(t, offs, *uses, shape)
     else:
-        amaxes = amax.to(torch.float32, copy=True).reshape(2, slots.groups)
+        amaxes = amax.to(torch.float32, copy=True).reshape(shape)
     # Nothing is launched for an empty tensor, whose groups have slots all the same.
     outputs = _outputs(t, offs, rows, cols, t.new_empty if t.numel() else t.new_zeros)
     seed = 0 if key is None else int(key)
-    launch.quantize_triton(t, slots, *uses, amaxes, outputs, streams, seed, tuple(offset))
-    return (*outputs, amaxes.view(2, *_groups(t, offs)))
+    launch.quantize_triton(t, offs, *uses, amaxes, outputs, streams, seed, tuple(offset))
+    return (*outputs, amaxes)
 
 
 @fake_of("triton_quantize")
 def _(t, offs, rows, cols, streams, key, amax, offset):
     outputs = _outputs(t, offs, rows, cols, t.new_empty)
-    return (*outputs, t.new_empty((2, *_groups(t, offs)), dtype=torch.float32))
+    amaxes = t.new_empty(_amaxes_shape(t, offs, rows, cols), dtype=torch.float32)
+    return (*outputs, amaxes)
 
 
 @functional_op("triton_unpack")
 def unpack(
     codes: torch.Tensor,
     scale: torch.Tensor,
-    amax: torch.Tensor,
+    amax: torch.Tensor | None,
     offs: torch.Tensor | None,
     along_rows: bool,
+    format: str,
 ) -> torch.Tensor:
     """Values (bf16) of a packed operand; along_rows: a column operand, tokens first."""
-    launch = _module("triton_launch")
-    values = _values(codes, along_rows)
+    launch, fmt = _module("triton_launch"), FORMATS[format]
+    values = _values(codes, along_rows, fmt, torch.bfloat16)
     shape = values.shape
-    if offs is not None and along_rows:
-        shape = torch.Size((shape[0] - BLOCK * offs.shape[0], shape[1]))
-    slots = launch.Slots.of(shape, offs)
-    launch.unpack_triton(codes, scale, amax, values, slots, along_rows)
+    if amax is None:
+        # Without a scale per tensor there is nothing that groups differ in.
+        shape, offs = torch.Size((values.numel() // shape[-1], shape[-1])), None
+    elif offs is not None and along_rows:
+        shape = torch.Size((shape[0] - fmt.block * offs.shape[0], shape[1]))
+    slots = launch.Slots.of(shape, offs, fmt.block if along_rows else BLOCK)
+    launch.unpack_triton(codes, scale, amax, values, slots, along_rows, fmt)
     return values
 
 
-def _values(codes: torch.Tensor, along_rows: bool) -> torch.Tensor:
+def _values(
+    codes: torch.Tensor, along_rows: bool, fmt: BlockFormat, dtype: torch.dtype
+) -> torch.Tensor:
     *outer, m, k = codes.shape
-    shape = (*outer, 2 * m, k) if along_rows else (*outer, m, 2 * k)
-    return codes.new_empty(shape, dtype=torch.bfloat16)
+    n = fmt.codes_per_byte
+    shape = (*outer, n * m, k) if along_rows else (*outer, m, n * k)
+    return codes.new_empty(shape, dtype=dtype)
 
 
 @fake_of("triton_unpack")
-def _(codes, scale, amax, offs, along_rows):
-    return _values(codes, along_rows)
+def _(codes, scale, amax, offs, along_rows, format):
+    return _values(codes, along_rows, FORMATS[format], torch.bfloat16)
+
+
+@functional_op("triton_dequantize")
+def dequantize(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    amax: torch.Tensor | None,
+    offs: torch.Tensor | None,
+    dtype: torch.dtype,
+    format: str,
+) -> torch.Tensor:
+    """x_hat (..., Kp) of a packed row operand; rows of no group are 0."""
+    launch, fmt = _module("triton_launch"), FORMATS[format]
+    x = _values(codes, False, fmt, dtype)
+    if offs is not None:
+        x.zero_()
+    slots = launch.Slots.of(x.shape, offs)
+    launch.unpack_triton(codes, scale, amax, x, slots, False, fmt, dequantize=True)
+    return x
+
+
+@fake_of("triton_dequantize")
+def _(codes, scale, amax, offs, dtype, format):
+    return _values(codes, False, FORMATS[format], dtype)
 
 
 @cache
@@ -168,30 +241,32 @@ def _explain_missing_cublas() -> None:
 def gemm(
     a: torch.Tensor,
     b: torch.Tensor,
-    a_amax: torch.Tensor,
-    b_amax: torch.Tensor,
+    a_amax: torch.Tensor | None,
+    b_amax: torch.Tensor | None,
     a_transposed: bool,
     b_transposed: bool,
     columns: int,
     out_dtype: torch.dtype,
+    formats: str,
 ) -> torch.Tensor:
     """(m, k) @ (k, columns) of values, times alpha.
 
     Args:
         a: (m, >= k) bf16, or (k, m) if a_transposed.
         b: (k, >= columns) bf16, or (columns, k) if b_transposed. b's k counts.
-        a_amax: fp32 scalar.
-        b_amax: fp32 scalar.
+        a_amax: fp32 scalar; None for a format without a scale per tensor.
+        b_amax: Likewise.
         a_transposed: See a.
         b_transposed: See b.
         columns: Columns of the result.
         out_dtype: Result's dtype.
+        formats: "format,format" of a and b.
     """
     launch = _module("triton_launch")
     m, k = a.shape[1 if a_transposed else 0], b.shape[1 if b_transposed else 0]
     if 0 in (m, k, columns):
         return a.new_zeros((m, columns), dtype=out_dtype)
-    alpha = launch.alpha_triton(a_amax, b_amax)
+    alpha = launch.alpha_triton(a_amax, b_amax, _formats(formats), a.device)
     if a.device.type == "cuda" and out_dtype in cublas.DATA_TYPES:
         if cublas.library() is not None:
             sizes = (m, columns, k)
@@ -208,7 +283,7 @@ def gemm(
 
 
 @fake_of("triton_gemm")
-def _(a, b, a_amax, b_amax, a_transposed, b_transposed, columns, out_dtype):
+def _(a, b, a_amax, b_amax, a_transposed, b_transposed, columns, out_dtype, formats):
     return a.new_empty((a.shape[1 if a_transposed else 0], columns), dtype=out_dtype)
 
 
@@ -216,21 +291,22 @@ def _(a, b, a_amax, b_amax, a_transposed, b_transposed, columns, out_dtype):
 def grouped_mm(
     a: torch.Tensor,
     b: torch.Tensor,
-    a_amax: torch.Tensor,
-    b_amax: torch.Tensor,
+    a_amax: torch.Tensor | None,
+    b_amax: torch.Tensor | None,
     offs: torch.Tensor,
     b_transposed: bool,
     columns: int,
     out_dtype: torch.dtype,
+    formats: str,
 ) -> torch.Tensor:
     """Per group (m, k) @ (k, columns); b (E, k, >= columns), or (E, columns, k) if b_transposed."""
     return _module("triton_grouped_gemm").grouped_mm_triton(
-        a, b, a_amax, b_amax, offs, b_transposed, columns, out_dtype
+        a, b, a_amax, b_amax, offs, b_transposed, columns, out_dtype, _formats(formats)
     )
 
 
 @fake_of("triton_grouped_mm")
-def _(a, b, a_amax, b_amax, offs, b_transposed, columns, out_dtype):
+def _(a, b, a_amax, b_amax, offs, b_transposed, columns, out_dtype, formats):
     return a.new_empty((a.shape[0], columns), dtype=out_dtype)
 
 
@@ -238,17 +314,18 @@ def _(a, b, a_amax, b_amax, offs, b_transposed, columns, out_dtype):
 def grouped_wgrad(
     dy: torch.Tensor,
     x: torch.Tensor,
-    dy_amax: torch.Tensor,
-    x_amax: torch.Tensor,
+    dy_amax: torch.Tensor | None,
+    x_amax: torch.Tensor | None,
     offs: torch.Tensor,
     out_dtype: torch.dtype,
+    formats: str,
 ) -> torch.Tensor:
     """Per group (N, p) @ (p, K) of values dy (P, N) and x (P, K) by slots: (E, N, K)."""
     return _module("triton_grouped_gemm").grouped_wgrad_triton(
-        dy, x, dy_amax, x_amax, offs, out_dtype
+        dy, x, dy_amax, x_amax, offs, out_dtype, _formats(formats)
     )
 
 
 @fake_of("triton_grouped_wgrad")
-def _(dy, x, dy_amax, x_amax, offs, out_dtype):
+def _(dy, x, dy_amax, x_amax, offs, out_dtype, formats):
     return dy.new_empty((offs.shape[0], dy.shape[1], x.shape[1]), dtype=out_dtype)

@@ -2,13 +2,15 @@
 
 Per use and element, an operand may be written as
 
-    values   bf16 `lut[q] * S_b * 2**e`, what the emulated GEMM multiplies (triton_codes.py)
-    packed   two codes a byte, and an e4m3 scale per block
+    values   what the emulated GEMM multiplies, bf16: NVFP4's `lut[q] * S_b * 2**e`
+             (triton_codes.py), MXFP8's `code * scale` (triton_mxfp8.py)
+    packed   codes, and a scale per block
 
-and a tile is read from memory once for all of them. Row operands (contraction along columns):
-values (R, Kp), codes (R, Kp / 2), scales (R, Kp / 16). Column operands (contraction along rows),
-tokens first: values (P, K), codes (P / 2, K), scales (P / 16, K): the transpose of the oracle's
-operand.
+and a tile is read from memory once for all of them, whatever the formats of the two uses. Row
+operands (contraction along columns): values (R, Kp), codes (R, Kp / 2), scales (R, Kp / 16). Column
+operands (contraction along rows), tokens first: values (P, K), codes (P / 2, K), scales
+(P / 16, K): the transpose of the oracle's operand. MXFP8 has a code a byte and blocks of 32: a tile
+then has 32 rows where blocks run along them.
 
 The bits are the oracle's (numerics/quantize.py, numerics/grouped.py) whatever C is.
 """
@@ -27,10 +29,10 @@ from .triton_layout import (
     locate,
     tile_as_bf16,
 )
+from .triton_mxfp8 import e4m3_codes, e4m3_values, mxfp8_decode, mxfp8_scales
 from .triton_rounding import (
     MAGNITUDE_BITS,
     bits,
-    block_scales,
     random_words,
     rht_columns,
     rht_rows,
@@ -38,29 +40,37 @@ from .triton_rounding import (
     round_bits,
     tensor_scales,
 )
+from .triton_targets import scales_of_columns, scales_of_rows, spread
 
 COUNTERS = ["first_row", "first_column", "row_stream", "col_stream", "key_low", "key_high"]
 """Arguments whose values must not compile a kernel of their own."""
 
 
 @triton.jit
-def spread(blocks, SIZE: tl.constexpr, COUNT: tl.constexpr = 16):
-    """(SIZE / COUNT,) to (SIZE,): each value COUNT times."""
-    return tl.reshape(tl.broadcast_to(blocks[:, None], (SIZE // COUNT, COUNT)), (SIZE,))
-
-
-@triton.jit
-def amax_of_blocks(x, SIZE: tl.constexpr):
-    """(SIZE,) fp32 to the bits of its blocks' maximal magnitudes, (SIZE / 16,) int32."""
-    amax = tl.reduce(tl.reshape(tl.abs(x), (SIZE // 16, 16)), 1, larger)
+def amax_of_blocks(x, SIZE: tl.constexpr, BLOCK: tl.constexpr = 16):
+    """(SIZE,) fp32 to the bits of its blocks' maximal magnitudes, (SIZE / BLOCK,) int32."""
+    amax = tl.reduce(tl.reshape(tl.abs(x), (SIZE // BLOCK, BLOCK)), 1, larger)
     return bits(amax) & MAGNITUDE_BITS
 
 
 @triton.jit
-def amax_of_squares(block_amax, C: tl.constexpr):
-    """Amaxes of a flat tile's blocks, (C,) int32, to those of its 16x16 squares, likewise."""
-    squares = tl.max(tl.reshape(block_amax, (16, C // 16)), axis=0)
-    return tl.reshape(tl.broadcast_to(squares[None, :], (16, C // 16)), (C,))
+def amax_of_squares(block_amax, BLOCKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Amaxes of a flat tile's blocks, (ROWS * BLOCKS,) int32, to those of its squares, likewise."""
+    rows = tl.reshape(block_amax, (ROWS // BLOCK, BLOCK, BLOCKS))
+    squares = tl.reshape(tl.max(rows, axis=1), (ROWS // BLOCK, 1, BLOCKS))
+    squares = tl.broadcast_to(squares, (ROWS // BLOCK, BLOCK, BLOCKS))
+    return tl.reshape(squares, (ROWS * BLOCKS,))
+
+
+@triton.jit
+def load_amax(amax_ptr, group, needed, FORMAT: tl.constexpr):
+    """Amax of a group, fp32; of NVFP4 in a single level of scales what makes the other scale 1."""
+    if FORMAT.tensor_scale:
+        return tl.load(amax_ptr + group, mask=needed, other=0.0)
+    elif FORMAT.codes_per_byte == 2:
+        return tl.full((), FORMAT.encode_max, tl.float32)
+    else:
+        return 0.0  # MXFP8 does not read it
 
 
 @triton.jit
@@ -94,20 +104,22 @@ def quantize_rows(
     key_high,
     column,
     padded_columns,
+    FORMAT: tl.constexpr,
     SQUARE: tl.constexpr,
     SR: tl.constexpr,
     RHT: tl.constexpr,
     PACKED: tl.constexpr,
     VALUES: tl.constexpr,
     C: tl.constexpr,
+    ROWS: tl.constexpr,
     WHOLE: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """Quantize a tile along its columns and store it.
 
     Args:
-        x: Flat tile, (16 * C,) fp32; with RHT holding bf16 values.
-        amax: fp32 scalar, of the tensor that the tile belongs to.
+        x: Flat tile, (ROWS * C,) fp32; with RHT holding bf16 values.
+        amax: fp32 scalar, of the tensor that the tile belongs to, from `load_amax`.
         codes_ptr: uint8, with PACKED.
         scale_ptr: uint8, with PACKED.
         values_ptr: int16, with VALUES.
@@ -120,45 +132,66 @@ def quantize_rows(
         key_high: High half.
         column: First column of the tile.
         padded_columns: Kp.
-        SQUARE: 16x16 blocks.
+        FORMAT: BlockFormat.
+        SQUARE: Square blocks.
         SR: Stochastic rounding.
         RHT: Transform first.
         PACKED: Write codes and scales.
         VALUES: Write values.
         C: Columns of the tile.
+        ROWS: Rows of the tile.
         WHOLE: See triton_layout.load_tile.
         PTX: See triton_rounding.
     """
-    SIZE: tl.constexpr = 16 * C
+    SIZE: tl.constexpr = ROWS * C
+    BLOCK: tl.constexpr = FORMAT.block
+    A_BYTE: tl.constexpr = FORMAT.codes_per_byte
     if RHT:
         x = round_bf16(rht_rows(x, SIZE), PTX)
-    block_amax = amax_of_blocks(x, SIZE)
+    block_amax = amax_of_blocks(x, SIZE, BLOCK)
     if SQUARE:
-        block_amax = amax_of_squares(block_amax, C)
-    code, value, encode = block_scales(block_amax, tensor_scales(amax), PACKED, PTX)
-    row, block = flat_index(C // 16)
-    word, byte = 0, 0
-    if SR:
-        position = counter_row + row, counter_block + block
-        words = random_words(*position, block_amax, amax, stream, key_low, key_high)
-        word, byte = words_of_elements(words, SIZE), tl.arange(0, SIZE) & 3
-    lanes = e2m1(x, spread(encode, SIZE), word, byte, SR, PACKED, PTX)
+        block_amax = amax_of_squares(block_amax, C // BLOCK, ROWS, BLOCK)
+    row, block = flat_index(C // BLOCK, ROWS)
+    if A_BYTE == 1:
+        code, encode = mxfp8_scales(block_amax, FORMAT)
+    else:
+        scales = tensor_scales(amax, FORMAT.encode_max)
+        code, value, encode = scales_of_rows(
+            x, block_amax, scales, FORMAT, SQUARE, PACKED, C, ROWS, PTX
+        )
+        word, byte = 0, 0
+        if SR:
+            position = counter_row + row, counter_block + block, block_amax, amax
+            words = random_words(*position, stream, key_low, key_high, FORMAT.tensor_scale)
+            word, byte = words_of_elements(words, SIZE), tl.arange(0, SIZE) & 3
+        lanes = e2m1(x, spread(encode, SIZE), word, byte, SR, PACKED, PTX)
     rows = end - first_row
     start = first_row.to(tl.int64) * padded_columns + column
     if VALUES:
-        factor = spread(gemm_factor_bits(value, gemm_factor(amax)), SIZE)
-        row_of, column_of = flat_index(C)
+        if A_BYTE == 1:
+            decode = spread(mxfp8_decode(code), SIZE, BLOCK)
+            values = e4m3_values(x, spread(encode, SIZE, BLOCK), decode, PTX)
+        else:
+            factor = gemm_factor_bits(value, gemm_factor(amax, FORMAT.encode_max))
+            values = gemm_bits(lanes, spread(factor, SIZE), PTX)
+        row_of, column_of = flat_index(C, ROWS)
         inside = all_or((row_of < rows) & (column_of < padded_columns - column), WHOLE)
         pointers = values_ptr + start + (row_of * padded_columns + column_of)
-        tl.store(pointers, gemm_bits(lanes, factor, PTX), mask=inside)
+        tl.store(pointers, values, mask=inside)
     if PACKED:
-        even, odd = tl.split(tl.reshape(lanes, (SIZE // 2, 2)))
-        row_of, column_of = flat_index(C // 2)
-        inside = all_or((row_of < rows) & (column_of < (padded_columns - column) // 2), WHOLE)
-        pointers = codes_ptr + start // 2 + (row_of * (padded_columns // 2) + column_of)
-        tl.store(pointers, pack_codes(even, odd, PTX), mask=inside)
-        inside = all_or((row < rows) & (block < (padded_columns - column) // 16), WHOLE)
-        pointers = scale_ptr + start // 16 + (row * (padded_columns // 16) + block)
+        if A_BYTE == 1:
+            packed = e4m3_codes(x, spread(encode, SIZE, BLOCK), PTX)
+        else:
+            even, odd = tl.split(tl.reshape(lanes, (SIZE // 2, 2)))
+            packed = pack_codes(even, odd, PTX)
+        row_of, column_of = flat_index(C // A_BYTE, ROWS)
+        width = padded_columns // A_BYTE
+        inside = all_or((row_of < rows) & (column_of < width - column // A_BYTE), WHOLE)
+        pointers = codes_ptr + start // A_BYTE + (row_of * width + column_of)
+        tl.store(pointers, packed, mask=inside)
+        width = padded_columns // BLOCK
+        inside = all_or((row < rows) & (block < width - column // BLOCK), WHOLE)
+        pointers = scale_ptr + start // BLOCK + (row * width + block)
         tl.store(pointers, code.to(tl.uint8), mask=inside)
 
 
@@ -177,6 +210,7 @@ def quantize_columns(
     key_high,
     column,
     K,
+    FORMAT: tl.constexpr,
     SQUARE: tl.constexpr,
     SR: tl.constexpr,
     RHT: tl.constexpr,
@@ -186,14 +220,17 @@ def quantize_columns(
     WHOLE: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Quantize a tile along its rows and store it, tokens first; as `quantize_rows`.
+    """Quantize a tile along its rows, one block of them, and store it, tokens first.
 
-    Args that differ:
-        slot_block: Block of 16 slots that the tile is.
+    As `quantize_rows`. Args that differ:
+        tile: Tuple of FORMAT.block tensors (C,) fp32.
+        slot_block: Block of slots that the tile is.
         counter_row: First column of the tile in SR counters, where it counts as the row.
         counter_block: Block of the tile in SR counters.
         K: Number of columns.
     """
+    BLOCK: tl.constexpr = FORMAT.block
+    A_BYTE: tl.constexpr = FORMAT.codes_per_byte
     columns = column + tl.arange(0, C)
     inside = all_or(columns < K, WHOLE)
     if RHT:
@@ -203,26 +240,44 @@ def quantize_columns(
         for i in tl.static_range(16):
             tile = tile + (round_bf16(unrounded[i], PTX),)
     else:
-        block_amax = tile_amax(tile)
+        block_amax = tile_amax(tile, BLOCK)
     if SQUARE:
-        block_amax = spread(tl.max(tl.reshape(block_amax, (C // 16, 16)), axis=1), C)
-    code, value, encode = block_scales(block_amax, tensor_scales(amax), PACKED, PTX)
-    words = (0, 0, 0, 0)
-    if SR:
-        row = counter_row + tl.arange(0, C)
-        words = random_words(row, counter_block, block_amax, amax, stream, key_low, key_high)
-    factor = gemm_factor_bits(value, gemm_factor(amax))
-    for i in tl.static_range(16):
-        lanes = e2m1(tile[i], encode, words[i // 4], i % 4, SR, PACKED, PTX)
+        squares = tl.max(tl.reshape(block_amax, (C // BLOCK, BLOCK)), axis=1)
+        block_amax = spread(squares, C, BLOCK)
+    if A_BYTE == 1:
+        code, encode = mxfp8_scales(block_amax, FORMAT)
+        decode = mxfp8_decode(code)
+    else:
+        scales = tensor_scales(amax, FORMAT.encode_max)
+        code, value, encode = scales_of_columns(
+            tile, block_amax, scales, FORMAT, SQUARE, PACKED, C, PTX
+        )
+        words = (0, 0, 0, 0)
+        if SR:
+            position = counter_row + tl.arange(0, C), counter_block, block_amax, amax
+            words = random_words(*position, stream, key_low, key_high, FORMAT.tensor_scale)
+        factor = gemm_factor_bits(value, gemm_factor(amax, FORMAT.encode_max))
+    for i in tl.static_range(BLOCK):
+        if A_BYTE == 2:
+            lanes = e2m1(tile[i], encode, words[i // 4], i % 4, SR, PACKED, PTX)
         if VALUES:
-            pointers = values_ptr + (slot_block * 16 + i).to(tl.int64) * K + columns
-            tl.store(pointers, gemm_bits(lanes, factor, PTX), mask=inside)
+            if A_BYTE == 1:
+                values = e4m3_values(tile[i], encode, decode, PTX)
+            else:
+                values = gemm_bits(lanes, factor, PTX)
+            pointers = values_ptr + (slot_block * BLOCK + i).to(tl.int64) * K + columns
+            tl.store(pointers, values, mask=inside)
         if PACKED:
-            if i % 2 == 0:
+            if A_BYTE == 2 and i % 2 == 0:
                 even = lanes
             else:
-                pointers = codes_ptr + (slot_block * 8 + i // 2).to(tl.int64) * K + columns
-                tl.store(pointers, pack_codes(even, lanes, PTX), mask=inside)
+                row_of = slot_block * (BLOCK // A_BYTE) + i // A_BYTE
+                pointers = codes_ptr + row_of.to(tl.int64) * K + columns
+                if A_BYTE == 1:
+                    packed = e4m3_codes(tile[i], encode, PTX)
+                else:
+                    packed = pack_codes(even, lanes, PTX)
+                tl.store(pointers, packed, mask=inside)
     if PACKED:
         pointers = scale_ptr + slot_block.to(tl.int64) * K + columns
         tl.store(pointers, code.to(tl.uint8), mask=inside)
@@ -251,18 +306,21 @@ def _quantize_kernel(
     key_high,
     GROUPS: tl.constexpr,
     ROW: tl.constexpr,
+    ROW_FORMAT: tl.constexpr,
     ROW_SQUARE: tl.constexpr,
     ROW_SR: tl.constexpr,
     ROW_RHT: tl.constexpr,
     ROW_PACKED: tl.constexpr,
     ROW_VALUES: tl.constexpr,
     COL: tl.constexpr,
+    COL_FORMAT: tl.constexpr,
     COL_SQUARE: tl.constexpr,
     COL_SR: tl.constexpr,
     COL_RHT: tl.constexpr,
     COL_PACKED: tl.constexpr,
     COL_VALUES: tl.constexpr,
     ROUND: tl.constexpr,
+    ROWS: tl.constexpr,
     C: tl.constexpr,
     WHOLE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -276,39 +334,41 @@ def _quantize_kernel(
     column_blocks = tl.cdiv(K, C)
     slot_block = program // column_blocks
     column = (program % column_blocks) * C
-    group, block, start, end = locate(slot_block, offs_ptr, rows, num_groups, GROUPS)
+    group, block, start, end = locate(slot_block, offs_ptr, rows, num_groups, GROUPS, ROWS)
     needed = group < num_groups
     if ROW:
-        amax = tl.load(amax_ptr + group, mask=needed, other=0.0)
-        x = load_flat(x_ptr, pitch, start + block * 16, end, column, K, C, WHOLE)
+        amax = load_amax(amax_ptr, group, needed, ROW_FORMAT)
+        x = load_flat(x_ptr, pitch, start + block * ROWS, end, column, K, C, WHOLE, ROWS)
         quantize_rows(
             as_bf16(x, ROUND and ROW_RHT),
             amax,
             row_codes_ptr,
             row_scale_ptr,
             row_values_ptr,
-            start + block * 16,
+            start + block * ROWS,
             end,
-            first_row + block * 16,
+            first_row + block * ROWS,
             first_column // 16 + column // 16,
             row_stream,
             key_low,
             key_high,
             column,
-            tl.cdiv(K, 16) * 16,
+            tl.cdiv(K, ROW_FORMAT.block) * ROW_FORMAT.block,
+            ROW_FORMAT,
             ROW_SQUARE,
             ROW_SR,
             ROW_RHT,
             ROW_PACKED,
             ROW_VALUES,
             C,
+            ROWS,
             WHOLE,
             PTX,
         )
     if COL:
-        amax = tl.load(amax_ptr + num_groups + group, mask=needed, other=0.0)
+        amax = load_amax(amax_ptr + num_groups, group, needed, COL_FORMAT)
         columns = column + tl.arange(0, C)
-        tile = load_tile(x_ptr, pitch, start + block * 16, end, columns, K, WHOLE)
+        tile = load_tile(x_ptr, pitch, start + block * ROWS, end, columns, K, WHOLE, ROWS)
         quantize_columns(
             tile_as_bf16(tile, ROUND and COL_RHT),
             amax,
@@ -323,6 +383,7 @@ def _quantize_kernel(
             key_high,
             column,
             K,
+            COL_FORMAT,
             COL_SQUARE,
             COL_SR,
             COL_RHT,

@@ -133,13 +133,13 @@ def reciprocal(x, lift, PTX: tl.constexpr):
 
 
 @triton.jit
-def tensor_scales(amax):
-    """Scales of a tensor (numerics/quantize.py) from its fp32 amax.
+def tensor_scales(amax, MAX: tl.constexpr = ENCODE_MAX):
+    """Scales of a tensor (numerics/nvfp4.py) from its fp32 amax, which is mapped onto MAX.
 
     Returns:
         s_enc, s_dec, and the power of two that brings s_dec to about 1.
     """
-    encode = tl.div_rn(ENCODE_MAX, amax)
+    encode = tl.div_rn(MAX, amax)
     encode = tl.where(encode > FLT_MAX, FLT_MAX, encode)
     encode = tl.where((amax == 0) | (encode == 0), 1.0, encode)
     decode = tl.div_rn(1.0, encode)
@@ -149,7 +149,13 @@ def tensor_scales(amax):
 
 
 @triton.jit
-def block_scales(amax_bits, scales, ZEROS: tl.constexpr, PTX: tl.constexpr):
+def block_scales(
+    amax_bits,
+    scales,
+    ZEROS: tl.constexpr,
+    PTX: tl.constexpr,
+    TARGET: tl.constexpr = ELEMENT_MAX,
+):
     """Scales of blocks.
 
     Args:
@@ -158,12 +164,13 @@ def block_scales(amax_bits, scales, ZEROS: tl.constexpr, PTX: tl.constexpr):
         ZEROS: Whether enc_b is 0 where S_b is; else it is any number, for codes that only count
             times S_b.
         PTX: See the module.
+        TARGET: Magnitude of a code that a block's amax is mapped to.
 
     Returns:
         e4m3 codes (int32), decode scales S_b (fp32), encode scales enc_b (fp32).
     """
     encode, decode, lift = scales
-    scale = number(amax_bits) * (encode * (1 / 6))
+    scale = number(amax_bits) * (encode * (1 / TARGET))
     # An amax from outside may be finite where a block is not: saturating would hide it.
     if PTX >= 89:
         # By arithmetic, not by comparing: integer units are what these kernels wait for.
@@ -238,7 +245,9 @@ def bf16_mantissa(amax_bits):
 
 
 @triton.jit
-def random_words(row, block, block_amax, amax, stream, key_low, key_high):
+def random_words(
+    row, block, block_amax, amax, stream, key_low, key_high, TENSOR_SCALE: tl.constexpr = True
+):
     """Four uint32 words for the 16 elements of each block: `philox` with their mantissas.
 
     Args:
@@ -249,8 +258,11 @@ def random_words(row, block, block_amax, amax, stream, key_low, key_high):
         stream: See philox.
         key_low: See philox.
         key_high: See philox.
+        TENSOR_SCALE: Whether there is a scale per tensor: without, its amax does not count.
     """
-    mantissas = bf16_mantissa(block_amax) | (bf16_mantissa(bits(amax)) << 7)
+    mantissas = bf16_mantissa(block_amax)
+    if TENSOR_SCALE:
+        mantissas = mantissas | (bf16_mantissa(bits(amax)) << 7)
     return philox(row, block, mantissas, stream, key_low, key_high)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..backends import triton_launch as launch
-from ..formats import BLOCK
+from ..formats import BLOCK, NVFP4
 from .peers import RECIPE, compiled_quantize, modelopt_fake_quant
 from .rows import BenchRow, ratios
 from .timing import measure
@@ -68,7 +68,7 @@ def quantize_kernels(t: torch.Tensor, offs: torch.Tensor | None) -> dict[str, Ke
         amax = launch.amax_triton(t, slots, *uses)
 
         def quantize(uses=uses, amax=amax):
-            launch.quantize_triton(t, slots, *uses, amax, outputs, [0, 1], 12345678901234, (0, 0))
+            launch.quantize_triton(t, offs, *uses, amax, outputs, [0, 1], 12345678901234, (0, 0))
 
         moved = 2 * elements + sum(written(use, elements) for use in uses)
         kernels[f"triton quantize {name}"] = Kernel(quantize, moved)
@@ -83,7 +83,7 @@ def quantize_kernels(t: torch.Tensor, offs: torch.Tensor | None) -> dict[str, Ke
             continue
 
         def unpack(operand=(codes, scale), values=values, along_rows=along_rows, amax=amax):
-            launch.unpack_triton(*operand, amax[0], values, slots, along_rows)
+            launch.unpack_triton(*operand, amax[0], values, slots, along_rows, NVFP4)
 
         kernels[f"triton unpack {name}"] = Kernel(unpack, written(USES["w"][0], elements))
     return kernels
