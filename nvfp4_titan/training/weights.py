@@ -9,10 +9,14 @@ Every rank must find amaxes stale at the same point, so staleness is told, not f
 `refresh_weights` (after an optimizer step), by `invalidate_weights` (after writing weights by hand)
 and by the model's `load_state_dict`. After a step they are taken at once and not at the next
 forward: pipeline schedules of several stages gather weights before that.
+
+Weights that an inference engine joins into one GEMM (q, k, v; gate and up) need one scale per
+tensor for all of them: `shared` groups are given the largest amax among them.
 """
 
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,9 +40,16 @@ class _State:
     weights: list[ShardedWeight] = field(default_factory=list)
     reported: bool = False
     known: Known = field(default_factory=Known)
+    shared: tuple[tuple[str, ...], ...] = ()
+    groups: list[list[int]] = field(default_factory=list)
 
 
-def track_weights(model: nn.Module, *, fp4_all_gather: bool = False) -> None:
+def track_weights(
+    model: nn.Module,
+    *,
+    fp4_all_gather: bool = False,
+    shared: Sequence[Sequence[str]] = (),
+) -> None:
     """Take the amaxes of a converted model's weights once per optimizer step.
 
     Call on the model whose forward is called, before or after sharding; copies (pipeline stages)
@@ -47,10 +58,16 @@ def track_weights(model: nn.Module, *, fp4_all_gather: bool = False) -> None:
     Args:
         model: From `convert`.
         fp4_all_gather: Have FSDP2 gather weights in codes and scales where it can.
+        shared: Names of linears (or expert weights) of one parent that are given one amax.
     """
-    setattr(model, _STATE, _State(fp4_all_gather))
+    setattr(model, _STATE, _State(fp4_all_gather, shared=tuple(map(tuple, shared))))
     model.register_forward_pre_hook(_before_forward)
     model.register_load_state_dict_post_hook(_after_load)
+
+
+def weights_tracked(model: nn.Module) -> bool:
+    """Whether `track_weights` was called on the model."""
+    return hasattr(model, _STATE)
 
 
 def invalidate_weights(model: nn.Module) -> None:
@@ -77,13 +94,41 @@ def _before_forward(model: nn.Module, args) -> None:
     state = getattr(model, _STATE)
     if state.fresh:
         return
-    state.weights = state.weights or converted_weights(model)
+    if not state.weights:
+        state.weights = converted_weights(model)
+        state.groups = _shared_groups(model, state)
     _refresh(state)
+
+
+def _shared_groups(model: nn.Module, state: _State) -> list[list[int]]:
+    """Positions in `weights` of those that share an amax."""
+    places = {(weight.module, weight.name): i for i, weight in enumerate(state.weights)}
+    groups = []
+    for module in model.modules():
+        for names in state.shared:
+            keys = [
+                (module, name) if name in module._parameters else (getattr(module, name), "weight")
+                for name in names
+                if hasattr(module, name)
+            ]
+            found = [places[key] for key in keys if key in places]
+            if len(found) > 1:
+                groups.append(found)
+    return groups
+
+
+def _shared_amaxes(state: _State) -> list[torch.Tensor]:
+    amaxes = weight_amaxes(state.weights)
+    for group in state.groups:
+        largest = torch.stack([amaxes[i] for i in group]).amax(0)
+        for i in group:
+            amaxes[i] = largest.clone()
+    return amaxes
 
 
 def _refresh(state: _State) -> None:
     with torch.inference_mode(False), torch.no_grad():
-        for weight, amax in zip(state.weights, weight_amaxes(state.weights), strict=True):
+        for weight, amax in zip(state.weights, _shared_amaxes(state), strict=True):
             known = weight.module.weight_amaxes
             # In place: compiled graphs and gathered weights hold the tensor.
             known[weight.name] = known[weight.name].copy_(amax) if weight.name in known else amax
