@@ -299,14 +299,19 @@ def _args_of_run(run: dict, family: Family) -> BaseModelArgs:
         )
     args = copy.deepcopy(flavors[model["flavor"]])
     args.max_seq_len = training["seq_len"]
-    args.attn_type = "sdpa"  # what others compute, without their masks
-    return args
+    return _ready(args)
 
 
 def _args_of_config(config: dict, family: Family) -> BaseModelArgs:
     if OWN_KEY in config:
-        return args_from_dict(family, config[OWN_KEY]["model_args"])
-    return family.from_config(config)
+        return _ready(args_from_dict(family, config[OWN_KEY]["model_args"]))
+    return _ready(family.from_config(config))
+
+
+def _ready(args: BaseModelArgs) -> BaseModelArgs:
+    """Set what torchtitan takes from a job's config: plain causal attention, no expert parallel."""
+    args.attn_type, args.moe_impl = "sdpa", "standard"
+    return args
 
 
 def args_dict(args: BaseModelArgs) -> dict:
