@@ -22,6 +22,7 @@ from ..training import NVFP4Linear, Report, convert, refresh_weights, weights_tr
 from ..training.experts import WrappingExperts
 from ..training.linear import cast_input
 from .codecs import Codec, Encoded
+from .fake import fake_quantize, known
 from .recipes import DeployRecipe, get_deploy_recipe
 
 
@@ -30,7 +31,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, codec: Codec) -> torch.Tensor:
-        return codec.round_trip(x)
+        return fake_quantize(x, codec)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
@@ -145,6 +146,8 @@ def prepare(
 def _fake_quantize(module: NVFP4Linear, recipe: DeployRecipe) -> None:
     for name in ("recipe", "backend", "key", "weight_amaxes"):
         del module.__dict__[name]
+    for codec in filter(None, (recipe.weight, recipe.activation)):
+        known(codec)
     module.__class__ = FakeQuantizedLinear
     module.deploy_recipe = recipe
 
