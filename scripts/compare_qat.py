@@ -1,19 +1,39 @@
 #!/usr/bin/env python
 """bf16 / PTQ / QAT of a TOML of yours: scripts/compare_qat.py CONFIG --output results/qat
 
-Options after -- go to every run: scripts/compare_qat.py CONFIG --output o -- --compile.no-enable
-Interrupted, it goes on when called again with the same --runs.
+Writes OUTPUT.json, .md and .png as recipes finish: a table per model and machine, which one file
+can hold together. Options after -- go to every run:
+
+    scripts/compare_qat.py CONFIG --output o -- --compile.no-enable
+
+Interrupted, by Ctrl-C, SIGTERM or --time-limit, it goes on when called again with the same --runs.
+On a machine that keeps no folder, a recipe that OUTPUT.json or a --take file holds is not made
+again. Exit status: 0 done, 2 a setting that cannot be used, 3 the time limit came first.
 """
 
+import signal
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import tyro
 
+from nvfp4_titan.convergence.launch import OutOfTime
+from nvfp4_titan.deploy.table import (
+    TableOptions,
+    format_tables,
+    merge,
+    place,
+    plot_tables,
+    read_tables,
+    write_tables,
+)
 from nvfp4_titan.errors import UserError
 from nvfp4_titan.titan import cpu_runtime
+
+USAGE, OUT_OF_TIME, INTERRUPTED = 2, 3, 130
 
 
 @dataclass
@@ -26,49 +46,63 @@ class Arguments:
     """Path of the results, without a suffix."""
     runs: Path = Path("outputs/compare_qat")
     """Folder of the runs and checkpoints."""
-    recipes: tuple[str, ...] = ("nvfp4", "int8_act_int4_weight")
-    """Deploy recipes."""
-    base_steps: int = 1000
-    """Steps of the base run."""
-    tune_steps: int = 200
-    """Steps of each tuning."""
-    tune_lr: float = 1e-4
-    """Learning rate of the tunings."""
-    device: str = "cpu"
-    """Where finalize and evaluate compute."""
-    seq_len: int = 256
-    """Tokens of a sequence of the evaluation."""
-    batch: int = 4
-    """Sequences of a batch of the evaluation."""
-    steps: int = 64
-    """Batches of the evaluation."""
-    dataset: str = "stdlib_validation"
-    """Text of the evaluation."""
-    calibration_dataset: str = "stdlib"
-    """Text that static activation scales are taken from."""
+    take: tuple[Path, ...] = ()
+    """Results files of earlier calls, whose recipes are taken over."""
+    time_limit: float | None = None
+    """Seconds after which the run in flight is saved and stopped (allow half a minute for it)."""
+    plot: bool = True
+    """Off for machines without matplotlib."""
+    commit: str | None = None
+    """Commit of the source, where it is no git checkout."""
+    table: tyro.conf.OmitArgPrefixes[TableOptions] = field(default_factory=TableOptions)
+    """What is trained and evaluated."""
 
 
 def main(argv: list[str]) -> int:
     split = argv.index("--") if "--" in argv else len(argv)
-    given = vars(tyro.cli(Arguments, args=argv[:split])).copy()
+    arguments = tyro.cli(Arguments, args=argv[:split])
+    extra = tuple(argv[split + 1 :])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     cpu_runtime.install()
-    from nvfp4_titan.titan import job_config  # noqa: F401  registers flavors and datasets
-    from nvfp4_titan.titan.evaluate import format_table, write_results
-    from nvfp4_titan.titan.qat_table import TableOptions, three_way
-
-    config, output, runs = (given.pop(name) for name in ("config", "output", "runs"))
     try:
-        found = three_way(config, runs, TableOptions(**given), argv[split + 1 :])
+        tables = _make(arguments, extra, " ".join(["scripts/compare_qat.py", *argv]))
+    except OutOfTime as stop:
+        print(f"{stop}", file=sys.stderr)
+        return OUT_OF_TIME
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    about = {"step_time_ratio": found["step_time_ratio"], "options": given | {"gpu": gpu}}
-    command = " ".join(["scripts/compare_qat.py", *argv])
-    write_results(output, found["models"], about | {"command": command, "torch": torch.__version__})
-    print(format_table(found["models"]))
-    print(f"seconds of a QAT step over bf16's: {found['step_time_ratio']}")
+        return USAGE
+    except KeyboardInterrupt:
+        print("interrupted: call it again to go on", file=sys.stderr)
+        return INTERRUPTED
+    print(format_tables(tables))
     return 0
+
+
+def _make(arguments: Arguments, extra: tuple[str, ...], command: str) -> list[dict]:
+    from nvfp4_titan.titan import job_config  # noqa: F401  registers flavors and datasets
+    from nvfp4_titan.titan.qat_table import Comparison
+
+    options = arguments.table
+    deadline = arguments.time_limit and time.monotonic() + arguments.time_limit
+    tables = read_tables(arguments.output.with_suffix(".json"))
+    for file in arguments.take:
+        merge(tables, read_tables(file))
+    table = place(tables, arguments.config.stem, _device(options.device), options.request(extra))
+    comparison = Comparison(arguments.config, arguments.runs, options, extra, deadline)
+    missing = tuple(recipe for recipe in options.recipes if recipe not in table["recipes"])
+    for recipe, part in comparison.parts(missing) if missing else ():
+        part["commit"] = arguments.commit or part["commit"]
+        table["recipes"][recipe] = part | {"command": command}
+        write_tables(arguments.output, tables)
+    write_tables(arguments.output, tables)
+    if arguments.plot:
+        plot_tables(arguments.output, tables)
+    return tables
+
+
+def _device(name: str) -> str:
+    return torch.cuda.get_device_name() if name.startswith("cuda") else name
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ def main(
     quantize: str,
     dtype: str = "bfloat16",
     skip: tuple[str, ...] = (),
+    share_scales: bool = True,
     tokenizer: Path | None = None,
     calibration_dataset: str = "stdlib",
     calibration_batches: int = 8,
@@ -29,6 +30,7 @@ def main(
         quantize: Deploy recipe, or bf16 for none.
         dtype: bfloat16 or float32.
         skip: Globs of modules that stay in high precision.
+        share_scales: One NVFP4 scale per tensor for q, k, v and for gate, up, as vLLM wants it.
         tokenizer: Folder of the tokenizer, where the source has none.
         calibration_dataset: Text that static activation scales are taken from.
         calibration_batches: Batches of it.
@@ -42,6 +44,7 @@ def main(
         quantize,
         dtype,
         skip,
+        share_scales,
         tokenizer,
         calibration_dataset,
         calibration_batches,

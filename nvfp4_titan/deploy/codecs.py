@@ -38,16 +38,34 @@ _E4M3_MAX = 448.0
 
 
 @dataclass(frozen=True)
+class Integers:
+    """A symmetric integer codec in numbers: s = max(amax / largest, eps of the dtype).
+
+    Attributes:
+        low: Least code.
+        high: Largest code.
+        largest: What a group's amax is divided by.
+        group: Elements of a group; None: a whole row.
+    """
+
+    low: int
+    high: int
+    largest: float
+    group: int | None = None
+
+
+@dataclass(frozen=True)
 class Codec:
     """A format of the last dim of a tensor.
 
     Attributes:
-        name: Name in the module's table.
+        name: Name of its own.
         encode: (..., K) floating to the tensors that are stored.
         decode: These, and a dtype, to (..., K) of it.
         multiple: K must be a multiple of this.
         bits: Bits of an element's code.
         type: "int" or "float", as compressed-tensors calls it.
+        integers: The codec in numbers, for kernels, where it is one of symmetric integers.
     """
 
     name: str
@@ -56,6 +74,7 @@ class Codec:
     multiple: int = 1
     bits: int = 8
     type: str = "int"
+    integers: Integers | None = None
 
     def round_trip(self, x: torch.Tensor) -> torch.Tensor:
         """What the deployed model multiplies for x, in x's dtype."""
@@ -69,7 +88,7 @@ class Codec:
         """
         if size % self.multiple:
             raise ConfigError(
-                f"{name} has {size} in features, not a multiple of {self.name}'s group of "
+                f"{name} has {size} in features, not a multiple of the recipe's group of "
                 f"{self.multiple}: add its name to skip, or use another recipe"
             )
 
@@ -82,15 +101,18 @@ def _scale(amax: torch.Tensor, largest: float, eps: float) -> torch.Tensor:
 def int_group(bits: int, group: int) -> Codec:
     """Symmetric integers with a scale per row and group."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    largest = (high - low) / 2
 
     def encode(w: torch.Tensor) -> Encoded:
         groups = w.unflatten(-1, (-1, group))
         eps = torch.finfo(w.dtype).eps
-        scale = _scale(groups.abs().amax(-1, keepdim=True), (high - low) / 2, eps)
+        scale = _scale(groups.abs().amax(-1, keepdim=True), largest, eps)
         codes = (groups / scale).clamp(low, high).round().to(torch.int8)
         return {"codes": codes.flatten(-2), "scale": scale.squeeze(-1)}
 
-    return Codec(f"int{bits}_group", encode, _decode_groups, group, bits)
+    integers = Integers(low, high, largest, group)
+    name = f"int{bits}_groups_of_{group}"
+    return Codec(name, encode, _decode_groups, group, bits, integers=integers)
 
 
 def _decode_groups(encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
@@ -110,7 +132,7 @@ def int4_of_float8(group: int) -> Codec:
         codes = (groups / scale).round().clamp(-8, 7).to(torch.int8)
         return {"codes": codes.flatten(-2), "scale": scale.squeeze(-1)}
 
-    return Codec("int4_of_float8", encode, _decode_groups, group, 4)
+    return Codec(f"int4_of_float8_groups_of_{group}", encode, _decode_groups, group, 4)
 
 
 def int4_minimum(group: int) -> Codec:
@@ -133,7 +155,7 @@ def int4_minimum(group: int) -> Codec:
         codes = encoded["codes"].unflatten(-1, (scale.shape[-2], -1)).float()
         return (codes * scale + zero).flatten(-2).to(dtype)
 
-    return Codec("int4_minimum", encode, decode, group, 4)
+    return Codec(f"int4_minimum_groups_of_{group}", encode, decode, group, 4)
 
 
 def _float8(eps: float | None) -> Codec:
@@ -146,18 +168,20 @@ def _float8(eps: float | None) -> Codec:
     def decode(encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         return (encoded["codes"].to(encoded["scale"].dtype) * encoded["scale"]).to(dtype)
 
-    return Codec("float8", encode, decode, bits=8, type="float")
+    return Codec("float8_token" if eps is None else "float8_row", encode, decode, type="float")
 
 
 def _int8_token() -> Codec:
+    integers = Integers(-128, 127, 127.5)
+
     def encode(x: torch.Tensor) -> Encoded:
-        scale = _scale(x.abs().amax(-1, keepdim=True), 127.5, torch.finfo(x.dtype).eps)
+        scale = _scale(x.abs().amax(-1, keepdim=True), integers.largest, torch.finfo(x.dtype).eps)
         return {"codes": (x / scale).clamp(-128, 127).round().to(torch.int8), "scale": scale}
 
     def decode(encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         return (encoded["codes"].to(encoded["scale"].dtype) * encoded["scale"]).to(dtype)
 
-    return Codec("int8_token", encode, decode)
+    return Codec("int8_token", encode, decode, integers=integers)
 
 
 def _mxfp4() -> Codec:
@@ -208,7 +232,8 @@ def nvfp4(fmt: BlockFormat = NVFP4, block_rows: int = 1, amax: float | None = No
         values = decode_codes(encoded["codes"]).unflatten(-1, (-1, BLOCK))
         return (values * scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
-    return Codec("nvfp4", encode, decode, BLOCK, 4, "float")
+    name = f"{fmt.name}_{block_rows}x{BLOCK}" + ("" if amax is None else f"_amax_{amax}")
+    return Codec(name, encode, decode, BLOCK, 4, "float")
 
 
 def _mxfp8() -> Codec:

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from ..backends import OperandUse, stream
-from ..distributed import GatheredWeight
+from ..distributed import GatheredWeight, amax_of_uses
 from ..errors import ConfigError
 from ..recipe import GemmFormat, OperandFormat, Recipe
-from ..training import NVFP4Linear, Report, convert
+from ..training import NVFP4Linear, Report, convert, refresh_weights, weights_tracked
 from ..training.experts import WrappingExperts
 from ..training.linear import cast_input
 from .codecs import Codec, Encoded
+from .fake import fake_quantize, known
 from .recipes import DeployRecipe, get_deploy_recipe
 
 
@@ -30,7 +31,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, codec: Codec) -> torch.Tensor:
-        return codec.round_trip(x)
+        return fake_quantize(x, codec)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
@@ -145,6 +146,8 @@ def prepare(
 def _fake_quantize(module: NVFP4Linear, recipe: DeployRecipe) -> None:
     for name in ("recipe", "backend", "key", "weight_amaxes"):
         del module.__dict__[name]
+    for codec in filter(None, (recipe.weight, recipe.activation)):
+        known(codec)
     module.__class__ = FakeQuantizedLinear
     module.deploy_recipe = recipe
 
@@ -162,18 +165,23 @@ def convert_prepared(model: nn.Module, dtype: torch.dtype | None = None) -> None
         ConfigError: nothing in it was prepared.
     """
     found = False
+    if weights_tracked(model):
+        refresh_weights(model)
     for parent in list(model.modules()):
         if isinstance(parent, WrappingExperts):
             for name, (recipe, backend) in parent.recipes().items():
                 weight = getattr(parent, name).detach()
-                coded = _coded(weight.to(dtype or weight.dtype), recipe, backend)
+                known = parent.weight_amaxes.get(name)
+                coded = _coded(weight.to(dtype or weight.dtype), recipe, backend, known)
                 parent._parameters[name] = nn.Parameter(coded, requires_grad=False)
             parent.change_recipe(_rowwise)
             found = True
         for name, child in list(parent.named_children()):
             if isinstance(child, NVFP4Linear):
                 weight = child.weight.detach()
-                coded = _coded(weight.to(dtype or weight.dtype), child.recipe, child.backend)
+                known = child.weight_amaxes.get("weight")
+                own = dtype or weight.dtype
+                coded = _coded(weight.to(own), child.recipe, child.backend, known)
                 child.weight = nn.Parameter(coded, requires_grad=False)
                 child.change_recipe(_rowwise)
                 found = True
@@ -194,10 +202,13 @@ def _rowwise(recipe: Recipe) -> Recipe:
     return replace(recipe, fprop=GemmFormat(recipe.fprop.left, w))
 
 
-def _coded(weight: torch.Tensor, recipe: Recipe, backend) -> GatheredWeight:
+def _coded(
+    weight: torch.Tensor, recipe: Recipe, backend, amax: torch.Tensor | None
+) -> GatheredWeight:
     """A weight in the codes and scales that the prepared forward makes of it."""
     use = OperandUse(recipe.fprop.right, stream("fprop", "right"))
-    operand, _ = backend.quantize(weight.contiguous(), use, None)
+    known = None if amax is None else amax_of_uses(amax, weight.dtype)
+    operand, _ = backend.quantize(weight.contiguous(), use, None, amax=known)
     return GatheredWeight(
         operand.codes,
         operand.block_scale,

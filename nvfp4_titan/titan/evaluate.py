@@ -23,7 +23,7 @@ from ..deploy.codecs import nvfp4
 from ..deploy.layout import SUFFIXES, amax_of, from_layout
 from ..deploy.modules import QuantizedLinear
 from ..errors import ConfigError
-from .sources import OWN_KEY, Source, build_model, titan_rows
+from .sources import OWN_KEY, Source, build_model, load_weights, titan_rows
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -65,7 +65,7 @@ def load_model(
 
     Raises:
         ConfigError: a folder that cannot be used, or one that another program quantized.
-        UnsupportedError: a model other than Llama3.
+        UnsupportedError: a model of another family.
     """
     source = Source(path)
     own = source.config.get(OWN_KEY, {})
@@ -82,10 +82,7 @@ def load_model(
     quantized = set(own.get("quantized", ()))
     for fqn in quantized:
         _set(model, fqn, _quantized_linear(source, fqn, recipe, _DTYPES[name]).to(device))
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for weight, tensor in source.weights(skip=quantized):
-            parameters[weight].copy_(tensor)
+    load_weights(source, model, skip=quantized)
     return model.eval(), source
 
 

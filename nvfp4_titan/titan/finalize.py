@@ -3,9 +3,14 @@
 Weights are read, quantized in the run's compute dtype, and written one at a time. Only a static
 scale of activations ("nvfp4") needs the whole model at once, to see them: `calibration_batches` of
 training text run through it in high precision.
+
+Engines that join q, k and v (or gate and up) into one GEMM take one scale per tensor for all: the
+NVFP4 codes of such weights are made with the largest amax among them. A run of the qat converter
+trains so too, unless it was told not to.
 """
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,12 +18,16 @@ from pathlib import Path
 import torch
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
+from ..convergence.runs import VALIDATION_LOSS, read_scalars
 from ..deploy import DeployRecipe, get_deploy_recipe
+from ..deploy.codecs import nvfp4
 from ..deploy.layout import quantization_config, to_layout
 from ..deploy.writer import SHARD_BYTES, CheckpointWriter
 from ..errors import ConfigError
+from ..formats import BLOCK
 from ..recipe import DEFAULT_RULES
 from .evaluate import batches
+from .families import FUSED
 from .sources import OWN_KEY, Source, args_dict, build_model, load_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -41,6 +50,7 @@ class FinalizeOptions:
         dtype: "bfloat16" or "float32": of what is not quantized, and of w when it is quantized.
         skip: Globs of modules that stay in high precision; of a run that converted modules, those
             that it kept stay so too.
+        share_scales: Whether linears that inference engines fuse get one NVFP4 scale per tensor.
         tokenizer: Folder of the tokenizer; None: the run's, or the model's own.
         calibration_dataset: torchtitan's name of the text that static scales are taken from.
         calibration_batches: Batches of it.
@@ -52,6 +62,7 @@ class FinalizeOptions:
     recipe: str
     dtype: str = "bfloat16"
     skip: tuple[str, ...] = ()
+    share_scales: bool = True
     tokenizer: Path | None = None
     calibration_dataset: str = "stdlib"
     calibration_batches: int = 8
@@ -73,7 +84,7 @@ def finalize(path: Path, output: Path, options: FinalizeOptions) -> dict:
 
     Raises:
         ConfigError: a folder that cannot be used, or a recipe that does not match the run.
-        UnsupportedError: a model other than Llama3.
+        UnsupportedError: a model of another family.
     """
     if options.dtype not in DTYPES:
         raise ConfigError(f"dtype {options.dtype!r} is unknown: use bfloat16 or float32")
@@ -89,9 +100,10 @@ def finalize(path: Path, output: Path, options: FinalizeOptions) -> dict:
     amaxes: dict[str, torch.Tensor] = {}
     if recipe and recipe.name == "nvfp4":
         amaxes = calibrate(source, chosen, tokenizer, options)
+    shared = shared_amaxes(source, chosen, options) if shares_scales(recipe, options) else {}
     binary = recipe is not None and recipe.layout is None
     with CheckpointWriter(output, binary=binary, shard_bytes=options.shard_bytes) as writer:
-        sizes = _write_weights(source, writer, recipe, chosen, amaxes, options)
+        sizes = _write_weights(source, writer, recipe, chosen, (amaxes, shared), options)
         config = _config(source, recipe, chosen, options, HuggingFaceTokenizer(str(tokenizer)))
         writer.write_text("config.json", json.dumps(config, indent=1))
         for name in _TOKENIZER_FILES:
@@ -122,16 +134,12 @@ def _chosen(source: Source, recipe: DeployRecipe | None, skip: tuple[str, ...]) 
     """FQNs of the linears that are quantized."""
     if recipe is None:
         return set()
-    linears = [
-        name.removesuffix(".weight")
-        for name, shape in source.shapes.items()
-        if len(shape) == 2 and name != "tok_embeddings.weight"
-    ]
+    linears = source.linears
     unused = [glob for glob in skip if not any(fnmatchcase(fqn, glob) for fqn in linears)]
     if unused:
         raise ConfigError(f"skip {unused[0]!r} matches no linear; names look like {linears[0]}")
     if source.conversion:
-        kept = {entry["fqn"] for entry in source.conversion if not entry["converted"]}
+        kept = source.kept
     else:
         kept = {fqn for fqn in linears if any(rule.matches((fqn,)) for rule in DEFAULT_RULES)}
     chosen = {
@@ -179,7 +187,54 @@ def calibrate(
         model(tokens.to(options.device))
     if not found:
         raise ConfigError("calibration saw no text: raise calibration_batches")
-    return found
+    return found | _of_idle_experts(found, chosen)
+
+
+def _of_idle_experts(found: dict[str, torch.Tensor], chosen: set[str]) -> dict[str, torch.Tensor]:
+    """For experts that were given no token, the largest amax of their layer's others."""
+    layers = defaultdict(list)
+    for fqn in chosen:
+        experts, _, expert = fqn.rpartition(".")
+        layers[experts.rpartition(".")[0], expert].append(fqn)
+    idle = {}
+    for members in layers.values():
+        seen = [found[fqn] for fqn in members if fqn in found]
+        for fqn in members:
+            if fqn not in found and seen:
+                idle[fqn] = torch.stack(seen).amax()
+    if missing := chosen - found.keys() - idle.keys():
+        raise ConfigError(f"calibration never reached {min(missing)}: raise calibration_batches")
+    return idle
+
+
+def shares_scales(recipe: DeployRecipe | None, options: FinalizeOptions) -> bool:
+    """Whether there are scales per tensor, and they are to be shared."""
+    has = recipe is not None and recipe.name in ("nvfp4", "nvfp4_weight_only")
+    return has and options.share_scales
+
+
+@torch.no_grad()
+def shared_amaxes(
+    source: Source, chosen: set[str], options: FinalizeOptions
+) -> dict[str, torch.Tensor]:
+    """The amax, fp32 (), of each chosen linear that is fused with others: their largest."""
+    groups = []
+    for parent in {fqn.rpartition(".")[0] for fqn in chosen}:
+        for names in FUSED:
+            members = [f"{parent}.{name}" for name in names if f"{parent}.{name}" in chosen]
+            if len(members) > 1:
+                groups.append(members)
+    wanted = {fqn for members in groups for fqn in members}
+    others = {name.removesuffix(".weight") for name in source.shapes} - wanted
+    own = {
+        name.removesuffix(".weight"): tensor.to(DTYPES[options.dtype]).abs().amax().float()
+        for name, tensor in source.weights(skip=others)
+    }
+    largest = {}
+    for members in groups:
+        amax = torch.stack([own[fqn] for fqn in members]).amax()
+        largest |= dict.fromkeys(members, amax)
+    return largest
 
 
 @torch.no_grad()
@@ -188,21 +243,28 @@ def _write_weights(
     writer: CheckpointWriter,
     recipe: DeployRecipe | None,
     chosen: set[str],
-    amaxes: dict[str, torch.Tensor],
+    amaxes: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
     options: FinalizeOptions,
 ) -> dict[str, int]:
+    """Quantize and write; `amaxes` are those of inputs and the shared ones of weights."""
+    of_inputs, shared = amaxes
     sizes = {"quantized": 0, "quantized_as_bf16": 0}
     for name, tensor in source.weights():
         hf = source.hf_name(name)
         fqn = name.removesuffix(".weight")
-        tensor = tensor.to(options.device, DTYPES[options.dtype])
+        # Biases of experts, which only choose, stay in fp32.
+        dtype = DTYPES[options.dtype] if name.endswith(".weight") else tensor.dtype
+        tensor = tensor.to(options.device, dtype)
         if fqn not in chosen:
             writer.add(hf.name, tensor if hf.rows is None else tensor[hf.rows.to(tensor.device)])
             continue
-        encoded = recipe.weight.encode(tensor)
+        codec = recipe.weight
+        if fqn in shared:
+            codec = nvfp4(block_rows=BLOCK, amax=shared[fqn].item())
+        encoded = codec.encode(tensor)
         if hf.rows is not None:
             encoded = {key: _permuted(t, hf.rows) for key, t in encoded.items()}
-        stored = to_layout(encoded, recipe, amaxes.get(fqn))
+        stored = to_layout(encoded, recipe, of_inputs.get(fqn))
         prefix = hf.name.removesuffix("weight")
         for suffix, part in stored.items():
             writer.add(prefix + suffix, part)
@@ -226,47 +288,30 @@ def _config(
     options: FinalizeOptions,
     tokenizer: HuggingFaceTokenizer,
 ) -> dict:
-    """config.json of a Llama model."""
-    args = source.args
-    rope = args.rope_scaling_args
-    hidden = source.shapes["layers.0.feed_forward.w1.weight"][0]
+    """config.json."""
+    args, family = source.args, source.family
     tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": args.dim,
-        "intermediate_size": hidden,
-        "num_hidden_layers": args.n_layers,
-        "num_attention_heads": args.n_heads,
-        "num_key_value_heads": args.n_kv_heads or args.n_heads,
-        "head_dim": args.dim // args.n_heads,
+        "architectures": [family.architecture],
+        "model_type": family.hf_type,
         "vocab_size": args.vocab_size,
         "max_position_embeddings": args.max_seq_len,
         "rms_norm_eps": args.norm_eps,
         "hidden_act": "silu",
-        "rope_theta": args.rope_theta,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": rope.scaling_factor,
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_position_embeddings,
-        },
         "tie_word_embeddings": False,
         "attention_bias": False,
-        "mlp_bias": False,
         "torch_dtype": options.dtype,
+        **family.to_config(args),
         **{key: source.config.get(key, value) for key, value in tokens.items()},
         OWN_KEY: {"model_args": args_dict(args), "recipe": recipe and recipe.name},
     }
-    linears = {
-        source.hf_name(name).name.removesuffix(".weight"): name.removesuffix(".weight")
-        for name, shape in source.shapes.items()
-        if len(shape) == 2 and name != "tok_embeddings.weight"
-    }
-    config[OWN_KEY]["quantized"] = sorted(fqn for fqn in linears.values() if fqn in chosen)
+    config[OWN_KEY]["quantized"] = [fqn for fqn in source.linears if fqn in chosen]
     if recipe and recipe.layout:
-        ignore = [hf for hf, fqn in linears.items() if fqn not in chosen]
+        ignore = [
+            source.hf_name(f"{fqn}.weight").name.removesuffix(".weight")
+            for fqn in source.linears
+            if fqn not in chosen
+        ]
         config["quantization_config"] = quantization_config(recipe, ignore)
     return config
 
@@ -291,4 +336,16 @@ def _card(source: Source, options: FinalizeOptions, config: dict, sizes: dict[st
     if source.record:
         lines.append(f"- training steps: {source.record['config']['training']['steps']}")
         lines.append(f"- training data: {source.record['datasets']['training'][0]}")
+        lines += _validation(source)
     return "\n".join(lines) + "\n"
+
+
+def _validation(source: Source) -> list[str]:
+    """The last validation loss of the run, where it had one: of the model as it was trained."""
+    if not any(source.run.glob("tb/*/events.out.tfevents.*")):
+        return []
+    losses = read_scalars(source.run).get(VALIDATION_LOSS, {})
+    if not losses:
+        return []
+    step = max(losses)
+    return [f"- validation loss of the run at step {step}: {losses[step]:.4f}"]

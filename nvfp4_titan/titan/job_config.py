@@ -134,6 +134,12 @@ class QAT:
     experts: bool = True
     """Whether routed experts are trained for it too (nvfp4, nvfp4_single and mxfp8)."""
 
+    share_scales: bool = True
+    """
+    Whether linears that inference engines run as one GEMM (q, k, v; gate and up) are trained with
+    one scale per tensor for all of them, as finalize writes them (nvfp4).
+    """
+
     backend: Literal["auto", "reference", "triton", "native"] = "auto"
     """As nvfp4.backend, for the recipes nvfp4, nvfp4_single and mxfp8."""
 

@@ -11,6 +11,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..training import Report, refresh_weights, track_weights
 from . import activation_checkpoint, record
 from .converter import align_token_groups, has_converted_experts
+from .families import FUSED
 
 
 class QATConverter(ModelConverter):
@@ -32,7 +33,8 @@ class QATConverter(ModelConverter):
         """Prepare in place and print the report once."""
         self.report = prepare_by_settings(model, self.job_config.qat)
         if get_deploy_recipe(self.job_config.qat.recipe).gemm is not None:
-            track_weights(model)
+            shared = FUSED if self.job_config.qat.share_scales else ()
+            track_weights(model, shared=shared)
         if has_converted_experts(self.report):
             align_token_groups()
         if not distributed.is_initialized() or distributed.get_rank() == 0:

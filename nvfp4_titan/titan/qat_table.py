@@ -4,132 +4,133 @@
                           \\------> tuned by QAT  --finalize--> QAT of each recipe
 
 Both tunings see the same batches with the same learning rate, so bf16 / PTQ / QAT differ in
-nothing but quantization. A run that has finished is not run again.
+nothing but quantization. A run or an evaluation that has finished is not made again.
 """
 
-import shutil
-import subprocess
-import sys
+import json
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..convergence import read_run
-from ..errors import ConfigError
+from ..convergence.launch import Job, OutOfTime
+from ..convergence.runs import Run, read_run
+from ..deploy.table import TableOptions
 from .evaluate import evaluate
 from .finalize import FinalizeOptions, finalize
 
-_LOG = "log.txt"
-
 
 @dataclass(frozen=True)
-class TableOptions:
-    """What is trained and evaluated.
+class Comparison:
+    """The runs and evaluations behind a table.
 
     Attributes:
-        recipes: Deploy recipes.
-        base_steps: Steps of the base run.
-        tune_steps: Steps of each tuning.
-        tune_lr: Its learning rate.
-        device: Where finalize and evaluate compute.
-        seq_len: Tokens of a sequence of the evaluation.
-        batch: Its sequences a batch.
-        steps: Its batches.
-        dataset: Its text.
-        calibration_dataset: Text of static scales.
-    """
-
-    recipes: tuple[str, ...] = ("nvfp4", "int8_act_int4_weight")
-    base_steps: int = 1000
-    tune_steps: int = 200
-    tune_lr: float = 1e-4
-    device: str = "cpu"
-    seq_len: int = 256
-    batch: int = 4
-    steps: int = 64
-    dataset: str = "stdlib_validation"
-    calibration_dataset: str = "stdlib"
-
-
-def three_way(config: Path, folder: Path, options: TableOptions, extra: list[str]) -> dict:
-    """Train, finalize and evaluate.
-
-    Args:
         config: TOML of the job, with validation.
         folder: Where runs and checkpoints go; what is there is reused.
         options: TableOptions.
-        extra: torchtitan options of every run.
-
-    Returns:
-        "models": results by row, "step_time_ratio": a QAT step's time over bf16's by recipe.
-
-    Raises:
-        ConfigError: a run that failed.
+        extra: torchtitan's options of every run.
+        deadline: `time.monotonic()` after which nothing new is begun; a run is saved and stopped.
     """
-    base = folder / "base"
-    _train(config, base, options.base_steps, ["--model.converters", "", *extra])
-    tuning = [
-        f"--checkpoint.initial_load_path={base / 'checkpoint' / f'step-{options.base_steps}'}",
-        f"--optimizer.lr={options.tune_lr}",
-        f"--lr_scheduler.warmup_steps={max(1, options.tune_steps // 20)}",
-        *extra,
-    ]
-    tuned = folder / "bf16"
-    _train(config, tuned, options.tune_steps, ["--model.converters", "", *tuning])
-    models, ratios = {"bf16": _evaluate(folder, tuned, "bf16", "final_bf16", options)}, {}
-    control = read_run(tuned).seconds_per_step
-    for recipe in options.recipes:
-        run = folder / f"qat_{recipe}"
-        converter = ["--model.converters=qat", f"--qat.recipe={recipe}"]
-        _train(config, run, options.tune_steps, [*converter, *tuning])
-        models[f"PTQ {recipe}"] = _evaluate(folder, tuned, recipe, f"final_ptq_{recipe}", options)
-        models[f"QAT {recipe}"] = _evaluate(folder, run, recipe, f"final_qat_{recipe}", options)
-        ratios[recipe] = read_run(run).seconds_per_step / control
-    return {"models": models, "step_time_ratio": ratios}
 
+    config: Path
+    folder: Path
+    options: TableOptions
+    extra: tuple[str, ...] = ()
+    deadline: float | None = None
 
-def _evaluate(folder: Path, run: Path, recipe: str, name: str, options: TableOptions) -> dict:
-    target = folder / name
-    if not target.exists():
-        given = FinalizeOptions(
-            recipe,
-            calibration_dataset=options.calibration_dataset,
-            seq_len=options.seq_len,
-            device=options.device,
+    def parts(self, recipes: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
+        """Train, finalize and evaluate: (recipe, its part of the table) as each is done.
+
+        Raises:
+            ConfigError: a run that failed, or a folder that holds something else.
+            OutOfTime: the deadline came first; the same call goes on.
+        """
+        control = ("--model.converters", "")
+        base = self._run("base", self.options.base_steps, control)
+        tuned = self._run("bf16", self.options.tune_steps, (*control, *self._tuning))
+        bf16 = self._evaluate("bf16", "bf16")
+        for recipe in recipes:
+            name = f"qat_{recipe}"
+            converter = ("--model.converters=qat", f"--qat.recipe={recipe}")
+            run = self._run(name, self.options.tune_steps, (*converter, *self._tuning))
+            seconds = {"bf16": tuned.seconds_per_step, "QAT": run.seconds_per_step}
+            yield (
+                recipe,
+                {
+                    "bf16": bf16,
+                    "PTQ": self._evaluate("bf16", recipe),
+                    "QAT": self._evaluate(name, recipe),
+                    "seconds_per_step": seconds,
+                    "step_time_ratio": seconds["QAT"] / seconds["bf16"],
+                    "base_validation_loss": base.validation[max(base.validation)],
+                    "machine": run.record["device"],
+                    "torch": run.record["versions"]["torch"],
+                    "commit": run.record["commit"],
+                },
+            )
+
+    @property
+    def _tuning(self) -> tuple[str, ...]:
+        options = self.options
+        step = self.folder / "base" / "checkpoint" / f"step-{options.base_steps}"
+        return (
+            f"--checkpoint.initial_load_path={step}",
+            f"--optimizer.lr={options.tune_lr}",
+            f"--lr_scheduler.warmup_steps={max(1, options.tune_steps // 20)}",
         )
-        finalize(run, target, given)
-    return evaluate(
-        target,
-        dataset=options.dataset,
-        seq_len=options.seq_len,
-        batch=options.batch,
-        steps=options.steps,
-        device=options.device,
-    )
+
+    def _run(self, name: str, steps: int, options: tuple[str, ...]) -> Run:
+        job = Job(
+            self.config,
+            self.folder / name,
+            (
+                *options,
+                *self.extra,
+                f"--training.steps={steps}",
+                "--checkpoint.enable",
+                f"--checkpoint.interval={steps}",
+                "--checkpoint.last_save_model_only",
+            ),
+        )
+        self._check_time()
+        return job.run(self.deadline)
+
+    def _check_time(self) -> None:
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise OutOfTime("the time limit came first: call it again to go on")
+
+    def _evaluate(self, run: str, recipe: str) -> dict:
+        """Finalize a run with a recipe and evaluate that, once."""
+        self._check_time()
+        target = self.folder / f"final_{run}_{recipe}"
+        options = self.options
+        given = {
+            "dataset": options.dataset,
+            "seq_len": options.seq_len,
+            "batch": options.batch,
+            "steps": options.steps,
+            "device": options.device,
+        }
+        done = self.folder / f"{target.name}.json"
+        if done.is_file():
+            kept = json.loads(done.read_text())
+            if kept["options"] == given:
+                return kept["result"]
+        if not target.exists():
+            finalizing = FinalizeOptions(
+                recipe,
+                dtype=_dtype(self.folder / run),
+                calibration_dataset=options.calibration_dataset,
+                seq_len=options.seq_len,
+                device=options.device,
+            )
+            finalize(self.folder / run, target, finalizing)
+        result = evaluate(target, **given)
+        result["model"] = target.name
+        done.write_text(json.dumps({"options": given, "result": result}))
+        return result
 
 
-def _train(config: Path, folder: Path, steps: int, options: list[str]) -> None:
-    if (folder / "checkpoint" / f"step-{steps}" / ".metadata").is_file():
-        return
-    if (folder / _LOG).is_file():
-        shutil.rmtree(folder)  # an interrupted run of this comparison: it begins anew
-    elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} holds something else than a run: use another --runs folder")
-    command = [
-        sys.executable,
-        "-m",
-        "nvfp4_titan.train",
-        f"--job.config_file={config}",
-        f"--training.steps={steps}",
-        f"--job.dump_folder={folder}",
-        "--checkpoint.enable",
-        f"--checkpoint.interval={steps}",
-        "--checkpoint.last_save_model_only",
-        "--metrics.enable_tensorboard",
-        "--metrics.save_tb_folder=tb",
-        *options,
-    ]
-    print(" ".join(command[1:]), flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOG, "w") as log:
-        if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode:
-            raise ConfigError(f"the run of {folder.name} failed: see {folder / _LOG}")
+def _dtype(run: Path) -> str:
+    """What a run multiplied in, so that the deployed model does too."""
+    return read_run(run).record["config"]["training"]["mixed_precision_param"]

@@ -1,13 +1,12 @@
 """Where a model comes from: a run, one of its checkpoints, or a Hugging Face folder.
 
-Weights are read one at a time, under torchtitan's names. Llama3 alone: other models have no
-config.json writer here.
+Weights are read one at a time, under torchtitan's names (an expert's as families.py has them).
 """
 
 import copy
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,13 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
-from torchtitan.models.llama3 import Transformer, TransformerModelArgs
-from torchtitan.models.llama3.model.args import RoPEScalingArgs
-from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import get_train_spec
 
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError
 from . import checkpoints, record
+from .families import Family, args_from_dict, family_of_config, family_of_run, split_experts
 
 OWN_KEY = "nvfp4_titan"
 """Key of config.json under which finalize keeps what torchtitan needs to build the model."""
@@ -35,30 +33,64 @@ class HFName:
     rows: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Where a weight lies in a torchtitan checkpoint: in one of its own, or in one of all experts.
+
+    Attributes:
+        name: The parameter or buffer.
+        shape: Its shape.
+        expert: Which expert of it; None for the whole.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    expert: int | None = None
+
+
 class Source:
     """A model's weights and what it was trained with.
 
     Attributes:
         path: The folder of the weights.
+        family: Its Family.
         args: torchtitan's model args.
         record: run_record.json, {} where there is none.
         conversion: Entries of conversion.json, [] where there is none.
         config: config.json, {} where there is none.
+        stored: Stored by name, in the model's order.
+        shapes: Shape by name; one expert's is (N, K).
     """
 
     def __init__(self, path: Path):
-        self.path, run = _locate(path)
+        self.path, self.run = _locate(path)
+        run = self.run
         self.record = _json(run / record.FILE) if run else {}
         conversion = run and run / record.CONVERSION_FILE
         self.conversion = (
             _json(conversion)["entries"] if conversion and conversion.is_file() else []
         )
         self.config = {} if run else _json(self.path / "config.json")
-        self.args = _args_of_run(self.record) if run else _args_of_config(self.config)
-        self.adapter = Llama3StateDictAdapter(self.args, None)
+        if run:
+            self.family = family_of_run(self.record["config"]["model"]["name"])
+        else:
+            self.family = family_of_config(self.config)
+        self.args = (
+            _args_of_run(self.record, self.family)
+            if run
+            else _args_of_config(self.config, self.family)
+        )
+        self.adapter = self.family.adapter(self.args, None)
         with torch.device("meta"):
-            model = Transformer(self.args)
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+            model = self.family.model(self.args)
+        self.stored, self._experts = {}, {}
+        for name, tensor in model.state_dict().items():
+            for part, where in _parts(name, tuple(tensor.shape)).items():
+                self.stored[part] = where
+        self.shapes = {
+            name: where.shape if where.expert is None else where.shape[1:]
+            for name, where in self.stored.items()
+        }
         self._files = {} if run else _tensor_files(self.path)
         if run:
             self._check_checkpoint()
@@ -68,9 +100,33 @@ class Source:
         """The converters that the run had."""
         return self.record["config"]["model"]["converters"] if self.record else []
 
+    @property
+    def linears(self) -> list[str]:
+        """FQNs of all linears, one expert's among them, in the model's order."""
+        return [
+            name.removesuffix(".weight")
+            for name, shape in self.shapes.items()
+            if len(shape) == 2 and name != "tok_embeddings.weight"
+        ]
+
+    @property
+    def kept(self) -> set[str]:
+        """FQNs of linears that the run kept in high precision."""
+        names = (entry["fqn"] for entry in self.conversion if not entry["converted"])
+        return {fqn for name in names for fqn in self._linears_of(name)}
+
+    def _linears_of(self, name: str) -> list[str]:
+        """A linear's FQN, or those of all experts of an expert weight."""
+        if f"{name}.weight" in self.shapes:
+            return [name]
+        whole = (part for part, where in self.stored.items() if where.name == name)
+        return [part.removesuffix(".weight") for part in whole]
+
     def hf_name(self, name: str) -> HFName:
         """Where a weight goes in a Hugging Face checkpoint."""
-        shape = self.shapes[name]
+        where, shape = self.stored[name], self.shapes[name]
+        if where.expert is not None:
+            return HFName(self._expert_names(where.name, where.shape[0])[where.expert], None)
         if len(shape) != 2:
             return HFName(next(iter(self.adapter.to_hf({name: torch.empty(shape[0])}))), None)
         index = torch.arange(shape[0], dtype=torch.int32)[:, None].expand(shape)
@@ -78,21 +134,37 @@ class Source:
         rows = mapped[:, 0].long()
         return HFName(hf, None if torch.equal(rows, torch.arange(shape[0])) else rows)
 
+    def _expert_names(self, name: str, count: int) -> list[str]:
+        if name not in self._experts:
+            self._experts[name] = list(self.adapter.to_hf({name: torch.empty(count, 2, 2)}))
+        return self._experts[name]
+
     def weights(self, skip: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
-        """(torchtitan's name, tensor) one at a time, but those of the modules in `skip`."""
-        for name, shape in self.shapes.items():
+        """(name, tensor) one at a time, but those of the modules in `skip`.
+
+        Held at a time is one parameter of the checkpoint: all experts' w1 of a layer, for one.
+        """
+        held: dict[str, torch.Tensor] = {}
+        for name, where in self.stored.items():
             if name.removesuffix(".weight") in skip:
                 continue
-            if self.record:
-                tensor = {name: torch.empty(shape)}
-                dcp.load(tensor, checkpoint_id=str(self.path), no_dist=True)
-                yield name, tensor[name]
+            if not self.record:
+                yield name, self._read_hf(name)
                 continue
-            hf = self.hf_name(name)
-            tensor = self.read(hf.name)
-            if tuple(tensor.shape) != shape:
-                raise ConfigError(f"{hf.name} is {tuple(tensor.shape)}, not {shape}: other model?")
-            yield name, titan_rows(tensor, hf)
+            if where.name not in held:
+                held = {where.name: torch.empty(where.shape)}
+                dcp.load(held, checkpoint_id=str(self.path), no_dist=True)
+            whole = held[where.name]
+            # A copy, which keeps nothing else alive.
+            yield name, whole if where.expert is None else whole[where.expert].clone()
+
+    def _read_hf(self, name: str) -> torch.Tensor:
+        hf = self.hf_name(name)
+        tensor = self.read(hf.name)
+        if tuple(tensor.shape) != self.shapes[name]:
+            shape = self.shapes[name]
+            raise ConfigError(f"{hf.name} is {tuple(tensor.shape)}, not {shape}: other model?")
+        return titan_rows(tensor, hf)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of a Hugging Face folder.
@@ -117,9 +189,15 @@ class Source:
         if reason:
             raise ConfigError(f"{self.path} cannot be used: {reason}; give another step's folder")
         known = FileSystemReader(self.path).read_metadata().state_dict_metadata
-        missing = [name for name in self.shapes if name not in known]
-        if missing:
-            raise ConfigError(f"{self.path} has no {missing[0]}: it is of another model")
+        for where in self.stored.values():
+            if where.name not in known:
+                raise ConfigError(f"{self.path} has no {where.name}: it is of another model")
+            size = tuple(known[where.name].size)
+            if size != where.shape:
+                raise ConfigError(
+                    f"{where.name} of {self.path} is {size}, not {where.shape}: it is of another "
+                    "model"
+                )
 
 
 def titan_rows(tensor: torch.Tensor, hf: HFName) -> torch.Tensor:
@@ -132,24 +210,25 @@ def titan_rows(tensor: torch.Tensor, hf: HFName) -> torch.Tensor:
 def build_model(source: Source, dtype: torch.dtype, device: str) -> nn.Module:
     """The unquantized model with its weights."""
     with torch.device("meta"):
-        model = Transformer(source.args)
+        model = source.family.model(source.args)
+        split_experts(model)
     model.to_empty(device=device)
     with torch.no_grad():
         model.init_weights(buffer_device=torch.device(device))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.to(dtype)
-    for name, buffer in buffers.items():  # the rotary table is complex
+    for name, buffer in buffers.items():  # the rotary table is complex, biases of experts are fp32
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._buffers[leaf] = buffer
     return model
 
 
-def load_weights(source: Source, model: nn.Module) -> None:
-    """Copy every weight into a model."""
-    parameters = dict(model.named_parameters())
+def load_weights(source: Source, model: nn.Module, skip: Collection[str] = ()) -> None:
+    """Copy every weight into a model, but those of the modules in `skip`."""
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
-        for name, tensor in source.weights():
-            parameters[name].copy_(tensor)
+        for name, tensor in source.weights(skip):
+            held[name].copy_(tensor)
 
 
 def _locate(path: Path) -> tuple[Path, Path | None]:
@@ -202,54 +281,39 @@ def _json(path: Path) -> dict:
         raise ConfigError(f"{path} cannot be read ({error}): give a whole folder") from error
 
 
-def _args_of_run(run: dict) -> TransformerModelArgs:
+def _parts(name: str, shape: tuple[int, ...]) -> dict[str, Stored]:
+    """The weights that one tensor of a checkpoint holds, by the names they have here."""
+    if len(shape) != 3:
+        return {name: Stored(name, shape)}
+    module, _, leaf = name.rpartition(".")
+    return {f"{module}.{e}.{leaf}.weight": Stored(name, shape, e) for e in range(shape[0])}
+
+
+def _args_of_run(run: dict, family: Family) -> BaseModelArgs:
     model, training = run["config"]["model"], run["config"]["training"]
-    if model["name"] != "llama3":
-        raise UnsupportedError(
-            f"the run trained {model['name']}: only llama3 models are finalized in this version; "
-            "export others with torchtitan's own Hugging Face checkpoints"
+    flavors = get_train_spec(family.name).model_args
+    if model["flavor"] not in flavors:
+        raise ConfigError(
+            f"the run trained flavor {model['flavor']!r}, which this program does not know: "
+            "register it as the run did"
         )
-    args = copy.deepcopy(get_train_spec("llama3").model_args[model["flavor"]])
+    args = copy.deepcopy(flavors[model["flavor"]])
     args.max_seq_len = training["seq_len"]
+    return _ready(args)
+
+
+def _args_of_config(config: dict, family: Family) -> BaseModelArgs:
+    if OWN_KEY in config:
+        return _ready(args_from_dict(family, config[OWN_KEY]["model_args"]))
+    return _ready(family.from_config(config))
+
+
+def _ready(args: BaseModelArgs) -> BaseModelArgs:
+    """Set what torchtitan takes from a job's config: plain causal attention, no expert parallel."""
+    args.attn_type, args.moe_impl = "sdpa", "standard"
     return args
 
 
-def _args_of_config(config: dict) -> TransformerModelArgs:
-    if OWN_KEY in config:
-        given = dict(config[OWN_KEY]["model_args"])
-        given["rope_scaling_args"] = RoPEScalingArgs(**given["rope_scaling_args"])
-        return TransformerModelArgs(**given)
-    if config.get("model_type") != "llama":
-        raise UnsupportedError(
-            f"model_type {config.get('model_type')!r}: only llama models are read in this version"
-        )
-    dim, hidden = config["hidden_size"], config["intermediate_size"]
-    base = int(2 * 4 * dim / 3)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    scaling = {
-        "scaling_factor": rope.get("factor", 1.0),
-        "low_freq_factor": rope.get("low_freq_factor", 1.0),
-        "high_freq_factor": rope.get("high_freq_factor", 4.0),
-        "original_max_position_embeddings": rope.get(
-            "original_max_position_embeddings", config["max_position_embeddings"]
-        ),
-    }
-    return TransformerModelArgs(
-        dim=dim,
-        n_layers=config["num_hidden_layers"],
-        n_heads=config["num_attention_heads"],
-        n_kv_heads=config["num_key_value_heads"],
-        vocab_size=config["vocab_size"],
-        multiple_of=1,
-        ffn_dim_multiplier=(hidden + 0.5) / base,
-        norm_eps=config["rms_norm_eps"],
-        rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-        rope_scaling_args=RoPEScalingArgs(**scaling),
-        max_seq_len=config["max_position_embeddings"],
-    )
-
-
-def args_dict(args: TransformerModelArgs) -> dict:
+def args_dict(args: BaseModelArgs) -> dict:
     """Model args as JSON."""
-    names = {field.name for field in fields(TransformerModelArgs)}
-    return {name: value for name, value in asdict(args).items() if name in names}
+    return asdict(args)

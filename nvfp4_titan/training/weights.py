@@ -15,10 +15,14 @@ Every rank must find amaxes stale at the same point, so staleness is told, not f
 and by the model's `load_state_dict`. After a step they are taken at once and not at the next
 forward: pipeline schedules of several stages gather weights before that. Kept operands of a weight
 that no rank shares are also made anew where the weight was written and nobody told.
+
+Weights that an inference engine joins into one GEMM (q, k, v; gate and up) need one scale per
+tensor for all of them: `shared` groups are given the largest amax among them.
 """
 
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,10 +50,16 @@ class _State:
     reported: bool = False
     known: Known = field(default_factory=Known)
     versions: list[int] = field(default_factory=list)
+    shared: tuple[tuple[str, ...], ...] = ()
+    groups: list[list[int]] = field(default_factory=list)
 
 
 def track_weights(
-    model: nn.Module, *, fp4_all_gather: bool = False, keep_weights: bool = False
+    model: nn.Module,
+    *,
+    fp4_all_gather: bool = False,
+    keep_weights: bool = False,
+    shared: Sequence[Sequence[str]] = (),
 ) -> None:
     """Take the amaxes of a converted model's weights once per optimizer step.
 
@@ -62,10 +72,16 @@ def track_weights(
         keep_weights: Keep weights' operands from an optimizer step to the next: 0.56 bytes per
             element of a weight, or 2 where the backend multiplies bf16 values; per element of a
             shard where FSDP gathers codes.
+        shared: Names of linears (or expert weights) of one parent that are given one amax.
     """
-    setattr(model, _STATE, _State(fp4_all_gather, keep_weights))
+    setattr(model, _STATE, _State(fp4_all_gather, keep_weights, shared=tuple(map(tuple, shared))))
     model.register_forward_pre_hook(_before_forward)
     model.register_load_state_dict_post_hook(_after_load)
+
+
+def weights_tracked(model: nn.Module) -> bool:
+    """Whether `track_weights` was called on the model."""
+    return hasattr(model, _STATE)
 
 
 def invalidate_weights(model: nn.Module) -> None:
@@ -91,15 +107,43 @@ def _after_load(model: nn.Module, incompatible_keys) -> None:
 def _before_forward(model: nn.Module, args) -> None:
     state = getattr(model, _STATE)
     if not state.fresh or _written(state):
-        state.weights = state.weights or converted_weights(model)
+        if not state.weights:
+            state.weights = converted_weights(model)
+            state.groups = _shared_groups(model, state)
         _refresh(state)
     if state.keep_weights:
         _keep(state)
 
 
+def _shared_groups(model: nn.Module, state: _State) -> list[list[int]]:
+    """Positions in `weights` of those that share an amax."""
+    places = {(weight.module, weight.name): i for i, weight in enumerate(state.weights)}
+    groups = []
+    for module in model.modules():
+        for names in state.shared:
+            keys = [
+                (module, name) if name in module._parameters else (getattr(module, name), "weight")
+                for name in names
+                if hasattr(module, name)
+            ]
+            found = [places[key] for key in keys if key in places]
+            if len(found) > 1:
+                groups.append(found)
+    return groups
+
+
+def _shared_amaxes(state: _State) -> list[torch.Tensor]:
+    amaxes = weight_amaxes(state.weights)
+    for group in state.groups:
+        largest = torch.stack([amaxes[i] for i in group]).amax(0)
+        for i in group:
+            amaxes[i] = largest.clone()
+    return amaxes
+
+
 def _refresh(state: _State) -> None:
     with torch.inference_mode(False), torch.no_grad():
-        for weight, amax in zip(state.weights, weight_amaxes(state.weights), strict=True):
+        for weight, amax in zip(state.weights, _shared_amaxes(state), strict=True):
             known = weight.module.weight_amaxes
             # In place: compiled graphs and gathered weights hold the tensor.
             known[weight.name] = known[weight.name].copy_(amax) if weight.name in known else amax

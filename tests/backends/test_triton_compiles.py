@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from nvfp4_titan.backends import triton_grouped_gemm, triton_launch, triton_unpack
 from nvfp4_titan.backends.triton_amax import _amax_kernel
+from nvfp4_titan.backends.triton_int_groups import _int_groups_kernel
 from nvfp4_titan.backends.triton_quantize import _quantize_kernel
 from nvfp4_titan.backends.triton_unpack import _unpack_kernel
 
@@ -46,6 +47,11 @@ def quantize(rows="", cols="", groups=0, dtype="bf16"):
 
 
 # Kernel, dtype of its input, constants, most registers on sm_90 (spills are never allowed).
+INTEGERS = {
+    "SIZE": 4096, "LARGEST": 127.5, "EPS": 0.0078125, "LOW": -128.0, "HIGH": 127.0, "ROUND": True,
+    "COUNT": 1, "C": 4096,
+}  # fmt: skip
+GROUPS_OF_32 = {"SIZE": 32, "LARGEST": 7.5, "LOW": -8.0, "HIGH": 7.0, "COUNT": 128, "C": 32}
 AMAX = {"GROUPS": 1, "ROW": True, "ROW_RHT": False, "COL": True, "COL_RHT": True, "ROUND": False}
 CASES = {
     "amax": (_amax_kernel, "bf16", {**AMAX, "C": 512, **WIDTH[False]}, 96),
@@ -59,6 +65,8 @@ CASES = {
     "unpack columns": (_unpack_kernel, "u8", {"GROUPS": 16, "COLUMNS": True, "C": 1024}, 96),
     "alpha": (triton_unpack._alpha_kernel, "fp32", {}, 32),
     "scale": (triton_unpack._scale_kernel, "fp32", {"C": 1024}, 64),
+    "int rows": (_int_groups_kernel, "bf16", INTEGERS, 128),
+    "int groups": (_int_groups_kernel, "bf16", {**INTEGERS, **GROUPS_OF_32}, 128),
     "grouped fprop": (triton_grouped_gemm._grouped_mm_kernel, "bf16", {"TRANSPOSED": True}, 224),
     "grouped dgrad": (triton_grouped_gemm._grouped_mm_kernel, "bf16", {"TRANSPOSED": False}, 224),
     "grouped wgrad": (triton_grouped_gemm._grouped_wgrad_kernel, "bf16", {}, 224),

@@ -1,0 +1,62 @@
+"""Compiled models fake-quantize to the bits of the deployed ones."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nvfp4_titan.deploy import DEPLOY_RECIPES, convert_prepared, prepare
+from nvfp4_titan.deploy.fake import fake_quantize, known
+
+ACTIVATIONS = {
+    codec.name: codec
+    for recipe in DEPLOY_RECIPES.values()
+    for codec in (recipe.weight, recipe.activation)
+    if codec is not None
+}
+
+
+def check(recipe, backend, device="cpu"):
+    """Forward of a compiled QAT model against the converted one, in bf16, and its gradients."""
+    layers = nn.Sequential(nn.Linear(256, 128), nn.SiLU(), nn.Linear(128, 64, bias=False))
+    prepared = layers.to(device, torch.bfloat16)
+    prepare(prepared, recipe)
+    converted, eager = copy.deepcopy(prepared), copy.deepcopy(prepared)
+    convert_prepared(converted)
+    x = torch.randn(64, 256, device=device, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    y = torch.compile(prepared, backend=backend, fullgraph=True)(x)
+    assert torch.equal(y, converted(x))
+    y.float().square().sum().backward()
+    eager(x).float().square().sum().backward()
+    for ours, expected in zip(prepared.parameters(), eager.parameters(), strict=True):
+        similarity = torch.cosine_similarity(ours.grad.flatten(), expected.grad.flatten(), 0)
+        assert similarity.float() > 0.99
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "mxfp4"])
+def test_traced_equals_converted(recipe):
+    """The two ways of fake quantization: training's ops, and one op for all codecs."""
+    check(recipe, "aot_eager")
+
+
+def test_inductor_changes_no_integer():
+    """It leaves roundings to bf16 out, of which integers are made: 3.6% of y, where it looks in."""
+    check("int8_act_int4_weight", "inductor")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", DEPLOY_RECIPES)
+def test_compiled_on_a_gpu_equals_converted(recipe):
+    check(recipe, "inductor", "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_gpu_gives_the_bits_of_a_cpu(name, dtype):
+    codec = known(ACTIVATIONS[name])
+    for columns in (128, 4096, 1152):
+        x = (torch.randn(333, columns) * torch.logspace(-4, 4, 333)[:, None]).to(dtype)
+        assert torch.equal(fake_quantize(x.cuda(), codec).cpu(), codec.round_trip(x))
