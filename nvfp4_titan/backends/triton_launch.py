@@ -121,8 +121,8 @@ def _programs(slots: Slots, columns: int, width: int) -> int:
     return slots.blocks * cdiv(width, columns)
 
 
-def _warps(columns: int, rows: int = BLOCK) -> int:
-    return max(1, columns * rows // BLOCK // COLUMNS_PER_WARP)
+def _warps(columns: int, share: int = 1) -> int:
+    return max(1, columns * share // COLUMNS_PER_WARP)
 
 
 def amax_triton(
@@ -212,7 +212,10 @@ def quantize_triton(
     slots = Slots.of(t.shape, offs, height)
     t = _flat(t)
     least = max(use.format.block for use in (rows, cols) if use)
-    columns = slots.tile_columns(MAX_COLUMNS * BLOCK // height, least)
+    # Tiles of the same size for every height; half of it where a thread tries two scales.
+    targets = max(len(use.format.block_targets) for use in (rows, cols) if use)
+    share = height // BLOCK * targets
+    columns = slots.tile_columns(MAX_COLUMNS // share, least)
     integer = (torch.uint8, torch.uint8, torch.int16)
     pointers = [t.view(dtype) for t, dtype in zip(outputs, integer * 2, strict=True)]
     # A short last dim: padding is written, so the tile must reach it.
@@ -232,8 +235,13 @@ def quantize_triton(
         _programs(slots, columns, width),
         (t, t.stride(0), slots.offs, amax, *pointers, *sizes, *counters),
         constants,
-        num_warps=_warps(columns, height),
-        maxnreg=max_registers(t.dtype, constants["PTX"]),
+        num_warps=_warps(columns, share),
+        maxnreg=max_registers(
+            t.dtype,
+            constants["PTX"],
+            offs is not None,
+            any(use.sr for use in (rows, cols) if use),
+        ),
     )
 
 
@@ -249,9 +257,16 @@ def _use_constants(rows: Use | None, cols: Use | None) -> dict[str, bool | Block
     return constants
 
 
-def max_registers(dtype: torch.dtype, level: int) -> int | None:
-    """Limit for the quantize kernel; None where it would spill: other inputs, longer forms."""
-    return MAX_REGISTERS if dtype == torch.bfloat16 and level >= 89 else None
+def max_registers(dtype: torch.dtype, level: int, grouped: bool, sr: bool) -> int | None:
+    """Limit for the quantize kernel; None where it needs none, or would spill with it.
+
+    Args:
+        dtype: Of its input.
+        level: What PTX is.
+        grouped: Whether it works on tokens in groups, with masks.
+        sr: Whether a use is rounded stochastically.
+    """
+    return MAX_REGISTERS if grouped and not sr and dtype == torch.bfloat16 and level >= 89 else None
 
 
 @cache
