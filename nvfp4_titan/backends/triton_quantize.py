@@ -269,6 +269,9 @@ def quantize_columns(
             row = counter_row + tl.arange(0, C)
             words = philox(row, counter_block, mantissas, stream, key_low, key_high)
         factor = gemm_factor_bits(value, gemm_factor(amax, FORMAT.encode_max))
+    start = slot_block.to(tl.int64) * K
+    values_start = values_ptr + start * BLOCK + columns
+    codes_start = codes_ptr + start * (BLOCK // A_BYTE) + columns
     for i in tl.static_range(BLOCK):
         if A_BYTE == 2:
             lanes = e2m1(tile[i], encode, words[i // 4], i % 4, SR, PACKED, PTX)
@@ -277,22 +280,18 @@ def quantize_columns(
                 values = e4m3_values(tile[i], encode, decode, PTX)
             else:
                 values = gemm_bits(lanes, factor, PTX)
-            pointers = values_ptr + (slot_block * BLOCK + i).to(tl.int64) * K + columns
-            tl.store(pointers, values, mask=inside)
+            tl.store(values_start + i * K, values, mask=inside)
         if PACKED:
             if A_BYTE == 2 and i % 2 == 0:
                 even = lanes
             else:
-                row_of = slot_block * (BLOCK // A_BYTE) + i // A_BYTE
-                pointers = codes_ptr + row_of.to(tl.int64) * K + columns
                 if A_BYTE == 1:
                     packed = e4m3_codes(tile[i], encode, PTX)
                 else:
                     packed = pack_codes(even, lanes, PTX)
-                tl.store(pointers, packed, mask=inside)
+                tl.store(codes_start + (i // A_BYTE) * K, packed, mask=inside)
     if PACKED:
-        pointers = scale_ptr + slot_block.to(tl.int64) * K + columns
-        tl.store(pointers, code.to(tl.uint8), mask=inside)
+        tl.store(scale_ptr + start + columns, code.to(tl.uint8), mask=inside)
 
 
 @triton.jit(do_not_specialize=COUNTERS)

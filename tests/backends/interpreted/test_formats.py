@@ -1,4 +1,4 @@
-"""Operands and GEMMs in the formats of other recipes: the oracle's bits, in Triton's interpreter."""
+"""Operands and GEMMs of the other formats: the oracle's bits, in Triton's interpreter."""
 
 from dataclasses import replace
 
