@@ -9,8 +9,6 @@ Source: cuBLAS documentation, cublasGemmEx, cublasSetPointerMode, cublasSetMathM
 """
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import torch
 
 from ..errors import UnsupportedError
 
-POINTER_MODE_DEVICE = 1
+POINTER_MODE_HOST, POINTER_MODE_DEVICE = 0, 1
 # Sums of parts are exchanged in fp32, not in the output's dtype.
 MATH_DISALLOW_REDUCED_PRECISION_REDUCTION = 16
 COMPUTE_32F = 68
@@ -26,13 +24,6 @@ GEMM_DEFAULT = -1
 OP_N, OP_T = 0, 1
 DATA_TYPES = {torch.bfloat16: 14, torch.float32: 0}
 """cudaDataType of what a GEMM of bf16 operands can write."""
-
-
-_MODES = {
-    ("cublasGetPointerMode_v2", "cublasSetPointerMode_v2"): POINTER_MODE_DEVICE,
-    ("cublasGetMathMode", "cublasSetMathMode"): MATH_DISALLOW_REDUCED_PRECISION_REDUCTION,
-}
-"""What this module changes on torch's handle while it calls."""
 
 
 @cache
@@ -56,31 +47,14 @@ def _declare(cublas: ctypes.CDLL) -> ctypes.CDLL:
         *(handle, integer, integer, integer, integer, integer, pointer),
         *(*matrix, *matrix, pointer, *matrix, integer, integer),
     ]
-    for get, put in _MODES:
-        getattr(cublas, get).argtypes = [handle, ctypes.POINTER(integer)]
-        getattr(cublas, put).argtypes = [handle, integer]
+    for mode in (cublas.cublasSetPointerMode_v2, cublas.cublasSetMathMode):
+        mode.argtypes = [handle, integer]
     return cublas
 
 
 def _check(status: int, call: str) -> None:
     if status != 0:
         raise RuntimeError(f"{call} failed with cuBLAS status {status}")
-
-
-@contextmanager
-def _modes(cublas: ctypes.CDLL, handle: int) -> Iterator[None]:
-    """Modes for one call, those of torch afterwards."""
-    before = []
-    for (get, put), mode in _MODES.items():
-        value = ctypes.c_int()
-        _check(getattr(cublas, get)(handle, value), get)
-        _check(getattr(cublas, put)(handle, mode), put)
-        before.append((put, value.value))
-    try:
-        yield
-    finally:
-        for put, mode in before:
-            _check(getattr(cublas, put)(handle, mode), put)
 
 
 def gemm_arguments(
@@ -135,15 +109,22 @@ def gemm(
     op_b, op_a, n, m, k, ldb, lda = gemm_arguments(a, b, a_transposed, b_transposed, sizes)
     d = torch.empty((m, n), dtype=out_dtype, device=a.device)
     bf16, output = DATA_TYPES[torch.bfloat16], DATA_TYPES[out_dtype]
+    alpha_pointer = alpha.data_ptr()
     with torch.cuda.device(a.device):
-        # Also sets the handle's stream and workspace to torch's current ones.
+        # Also sets the handle's stream and workspace to torch's current ones, and its math mode:
+        # that of this call need not be taken back. torch's pointer mode is the host's.
         handle = torch.cuda.current_blas_handle()
-        with _modes(cublas, handle):
-            status = cublas.cublasGemmEx(
-                *(handle, op_b, op_a, n, m, k, alpha.data_ptr()),
-                *(b.data_ptr(), bf16, ldb, a.data_ptr(), bf16, lda),
-                *(alpha.data_ptr() + alpha.element_size(), d.data_ptr(), output, n),
-                *(COMPUTE_32F, GEMM_DEFAULT),
-            )
+        _check(
+            cublas.cublasSetMathMode(handle, MATH_DISALLOW_REDUCED_PRECISION_REDUCTION),
+            "cublasSetMathMode",
+        )
+        _check(cublas.cublasSetPointerMode_v2(handle, POINTER_MODE_DEVICE), "cublasSetPointerMode")
+        status = cublas.cublasGemmEx(
+            *(handle, op_b, op_a, n, m, k, alpha_pointer),
+            *(b.data_ptr(), bf16, ldb, a.data_ptr(), bf16, lda),
+            *(alpha_pointer + 4, d.data_ptr(), output, n),
+            *(COMPUTE_32F, GEMM_DEFAULT),
+        )
+        _check(cublas.cublasSetPointerMode_v2(handle, POINTER_MODE_HOST), "cublasSetPointerMode")
     _check(status, "cublasGemmEx")
     return d

@@ -5,7 +5,7 @@ launch, in Python. Here a short key says the same, and what Triton compiled for 
 directly: a documented use of what a launch returns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -47,7 +47,11 @@ def launch(
         num_warps: Warps of a program.
         options: Triton's further options (num_stages, maxnreg).
     """
-    grid = (programs, 1, 1)
+    _launched(kernel, (programs, 1, 1), arguments, constants, num_warps, options)
+
+
+def _launched(kernel, grid: tuple, arguments: Sequence, constants: dict, num_warps: int, options):
+    """Launch; returns what Triton compiled, None in its interpreter."""
     values = tuple(constants.values())
     key = (
         kernel,
@@ -60,9 +64,77 @@ def launch(
     compiled = _compiled.get(key)
     if compiled is not None:
         compiled[grid](*arguments, *values)
-        return
+        return compiled
     names = kernel.arg_names[len(arguments) :]
     assert names == list(constants), f"constants {list(constants)} are not in the order {names}"
     compiled = kernel[grid](*arguments, **constants, num_warps=num_warps, **options, **EXACT)
-    if not triton.knobs.runtime.interpret:
-        _compiled[key] = compiled
+    if triton.knobs.runtime.interpret:
+        return None
+    _compiled[key] = compiled
+    return compiled
+
+
+class Launch:
+    """Launches of one kernel over tensors of the same dtypes and sizes, again and again.
+
+    Then the device and the tensors' alignment alone say which compiled kernel runs.
+
+    Args:
+        kernel: As `launch` has it.
+        programs: Likewise.
+        constants: Likewise.
+        sizes: What a caller passes among the arguments, remembered for it.
+        own: Of the arguments, how many after the first four are tensors just allocated, or None for
+            the same ones at every call: these are aligned.
+        num_warps: As `launch` has it.
+        options: Likewise.
+    """
+
+    def __init__(
+        self,
+        kernel,
+        programs: int,
+        constants: dict,
+        sizes: tuple = (),
+        *,
+        own: int = 0,
+        num_warps: int,
+        **options,
+    ):
+        self.sizes = sizes
+        self._what = kernel, (programs, 1, 1)
+        self._how = constants, num_warps, options
+        self._values = tuple(constants.values())
+        self._own = own
+        self._runners: dict[tuple, Callable] = {}
+
+    def __call__(self, *arguments) -> None:
+        """Launch on the current stream, with arguments as `launch` takes them."""
+        inputs = (*arguments[:4], *arguments[4 + self._own :]) if self._own else arguments
+        key = (
+            torch.cuda.current_device() if torch.cuda.is_initialized() else None,
+            *[a.data_ptr() % 16 == 0 for a in inputs if isinstance(a, torch.Tensor)],
+        )
+        runner = self._runners.get(key)
+        if runner is not None:
+            runner(*arguments, *self._values)
+            return
+        compiled = _launched(*self._what, arguments, *self._how)
+        if compiled is not None:
+            self._runners[key] = compiled[self._what[1]]
+
+
+class Plans(dict):
+    """What was worked out for tensors of a kind, by what it depends on.
+
+    A model has few kinds, but routed tokens come in any number: they start over when they are many.
+    """
+
+    MOST = 4096
+
+    def make(self, key: tuple, function: Callable, *args):
+        """What `function(*args)` gives, remembered by a key that was not there."""
+        if len(self) >= self.MOST:
+            self.clear()
+        self[key] = function(*args)
+        return self[key]

@@ -9,16 +9,21 @@ Not torch._grouped_mm: it has no alpha and rounds its sums to bf16. Scaling afte
 twice (2.3e-3 relative Frobenius where one rounding gives 1.6e-3, of a bar of 3e-3), read and write
 the output once more (19% of the forward at 16 experts, M=16384, K=2048, N=1408), and could not give
 the fp32 gradients that an fp32 weight asks for.
+
+A multiprocessor holds one program (its sums take all registers), so nothing hides what a program
+does before and after its loop. Programs therefore stay and take tile after tile: where groups begin
+is worked out once, the next tile's loads are issued while the last one's stores are on their way.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
 from ..formats import BlockFormat
-from .triton_call import cdiv, launch, next_power_of_2
+from .triton_call import Launch, Plans, cdiv, next_power_of_2
 from .triton_launch import ptx_level
 from .triton_layout import group_bounds, padded, pick
 from .triton_quantize import load_amax
@@ -27,9 +32,12 @@ from .triton_unpack import cast, remainder
 
 
 @triton.jit
-def operand(pointers, mask, PTX: tl.constexpr):
-    """A tile of an operand as tl.dot takes it: bf16, or fp32 from int16 bits (interpreter)."""
-    x = tl.load(pointers, mask=mask, other=0)
+def operand(pointers, mask, WHOLE: tl.constexpr, PTX: tl.constexpr):
+    """A tile of an operand as tl.dot takes it: bf16, or fp32 from int16 bits (interpreter).
+
+    Without its mask where tiles are WHOLE: half of the loop's instructions are for masks.
+    """
+    x = tl.load(pointers) if WHOLE else tl.load(pointers, mask=mask, other=0)
     if PTX == 0:
         return number(x.to(tl.int32) << 16)
     else:
@@ -64,53 +72,53 @@ def _grouped_mm_kernel(
     A_FORMAT: tl.constexpr,
     B_FORMAT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    WHOLE: tl.constexpr,
     GROUPS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """WHOLE: inner is a multiple of BK, and columns one of BN where b is not transposed."""
     column_tiles = tl.cdiv(columns, BN)
-    tile = tl.program_id(0) // column_tiles
     starts, ends = group_bounds(offs_ptr, num_groups, rows, GROUPS)
     sizes, tile_ends = padded(ends - starts, BM)
-    group = tl.sum((tile_ends <= tile * BM).to(tl.int32), axis=0)
-    first = tile * BM - pick(tile_ends - sizes, group, GROUPS) + pick(starts, group, GROUPS)
-    end = pick(ends, group, GROUPS)
-    if first >= end:
-        return
-    exists = group < num_groups
-    m = first + tl.arange(0, BM)
-    n = (tl.program_id(0) % column_tiles) * BN + tl.arange(0, BN)
+    tiles = tl.max(tile_ends, axis=0) // BM * column_tiles
     k = tl.arange(0, BK)
-    # What rows and columns beyond the end give is not stored: they are clamped where that is
-    # cheaper than a mask. (Along the dim that lies together it would hide that it does.)
-    a_rows = tl.minimum(m, rows - 1).to(tl.int64) * stride_a
-    a_pointers = a_ptr + a_rows[:, None] + k[None, :]
-    b_base = b_ptr + tl.where(exists, group, 0).to(tl.int64) * stride_expert
-    if TRANSPOSED:
-        b_rows = tl.minimum(n, columns - 1).to(tl.int64) * stride_b
-        b_pointers = b_base + k[:, None] + b_rows[None, :]
-        b_step = BK
-    else:
-        b_pointers = b_base + k.to(tl.int64)[:, None] * stride_b + n[None, :]
-        b_step = BK * stride_b
-    acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, tl.where(exists, inner, 0), BK):
-        left = inner - start
-        a = operand(a_pointers, k[None, :] < left, PTX)
-        b_mask = k[:, None] < left
-        if not TRANSPOSED:
-            b_mask = b_mask & (n[None, :] < columns)
-        b = operand(b_pointers, b_mask, PTX)
-        # (BM, BK) @ (BK, BN) -> (BM, BN)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-        a_pointers += BK
-        b_pointers += b_step
-    acc = acc * group_alpha(a_amax_ptr, b_amax_ptr, group, exists, A_FORMAT, B_FORMAT)
-    y_pointers = y_ptr + m.to(tl.int64)[:, None] * columns + n[None, :]
-    inside = (m[:, None] < end) & (n[None, :] < columns)
-    tl.store(y_pointers, cast(acc, y_ptr.dtype.element_ty, PTX), mask=inside)
+    wide_stride = tl.full((), stride_b, tl.int64)
+    for program in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        tile = program // column_tiles
+        group = tl.sum((tile_ends <= tile * BM).to(tl.int32), axis=0)
+        first = tile * BM - pick(tile_ends - sizes, group, GROUPS) + pick(starts, group, GROUPS)
+        end = pick(ends, group, GROUPS)
+        exists = group < num_groups
+        m = first + tl.arange(0, BM)
+        n = (program % column_tiles) * BN + tl.arange(0, BN)
+        # What rows and columns beyond the end give is not stored: they are clamped where that is
+        # cheaper than a mask. (Along the dim that lies together it would hide that it does.)
+        a_places = (tl.minimum(m, rows - 1).to(tl.int64) * stride_a)[:, None] + k[None, :]
+        b_base = b_ptr + tl.where(exists, group, 0).to(tl.int64) * stride_expert
+        if TRANSPOSED:
+            b_rows = tl.minimum(n, columns - 1).to(tl.int64) * stride_b
+            b_places = k[:, None] + b_rows[None, :]
+        else:
+            b_places = k[:, None] * stride_b + n[None, :]
+        acc = tl.zeros((BM, BN), tl.float32)
+        for start in range(0, tl.where(exists, inner, 0), BK):
+            left = inner - start
+            # Addresses from a scalar that moves: pointers that move are an addition each.
+            a = operand(a_ptr + start + a_places, k[None, :] < left, WHOLE, PTX)
+            b_mask = k[:, None] < left
+            if not TRANSPOSED:
+                b_mask = b_mask & (n[None, :] < columns)
+            b_step = start if TRANSPOSED else start * wide_stride
+            b = operand(b_base + b_step + b_places, b_mask, WHOLE, PTX)
+            # (BM, BK) @ (BK, BN) -> (BM, BN)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = acc * group_alpha(a_amax_ptr, b_amax_ptr, group, exists, A_FORMAT, B_FORMAT)
+        y_pointers = y_ptr + m.to(tl.int64)[:, None] * columns + n[None, :]
+        inside = (m[:, None] < end) & (n[None, :] < columns)
+        tl.store(y_pointers, cast(acc, y_ptr.dtype.element_ty, PTX), mask=inside)
 
 
 @triton.jit
@@ -126,39 +134,47 @@ def _grouped_wgrad_kernel(
     num_groups,
     A_FORMAT: tl.constexpr,
     B_FORMAT: tl.constexpr,
+    WHOLE: tl.constexpr,
     GROUPS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """WHOLE: N is a multiple of BM and K one of BN."""
     row_tiles, column_tiles = tl.cdiv(N, BM), tl.cdiv(K, BN)
-    group = tl.program_id(0) // (row_tiles * column_tiles)
-    tile = tl.program_id(0) % (row_tiles * column_tiles)
     starts, ends = group_bounds(offs_ptr, num_groups, 0, GROUPS)
     sizes, slot_ends = padded(ends - starts, A_FORMAT.block)
-    end = pick(slot_ends, group, GROUPS)
-    first = end - pick(sizes, group, GROUPS)
-    m = (tile // column_tiles) * BM + tl.arange(0, BM)
-    n = (tile % column_tiles) * BN + tl.arange(0, BN)
-    slots = first + tl.arange(0, BK)
-    dy_pointers = dy_ptr + slots.to(tl.int64)[:, None] * N + m[None, :]
-    x_pointers = x_ptr + slots.to(tl.int64)[:, None] * K + n[None, :]
-    acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(first, end, BK):
-        # Both masked: a NaN of the next group must not meet a zero.
-        mine = (start + tl.arange(0, BK) < end)[:, None]
-        dy = operand(dy_pointers, mine & (m[None, :] < N), PTX)
-        x = operand(x_pointers, mine & (n[None, :] < K), PTX)
-        # (BM, BK) @ (BK, BN) -> (BM, BN)
-        acc = tl.dot(tl.trans(dy), x, acc, input_precision="ieee")
-        dy_pointers += BK * N
-        x_pointers += BK * K
-    acc = acc * group_alpha(dy_amax_ptr, x_amax_ptr, group, True, A_FORMAT, B_FORMAT)
-    rows = group.to(tl.int64) * N + m
-    inside = (m[:, None] < N) & (n[None, :] < K)
-    dw_pointers = dw_ptr + rows[:, None] * K + n[None, :]
-    tl.store(dw_pointers, cast(acc, dw_ptr.dtype.element_ty, PTX), mask=inside)
+    tiles = num_groups * row_tiles * column_tiles
+    k = tl.arange(0, BK)
+    wide_n, wide_k = tl.full((), N, tl.int64), tl.full((), K, tl.int64)
+    for program in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        group = program // (row_tiles * column_tiles)
+        tile = program % (row_tiles * column_tiles)
+        end = pick(slot_ends, group, GROUPS)
+        first = end - pick(sizes, group, GROUPS)
+        m = (tile // column_tiles) * BM + tl.arange(0, BM)
+        n = (tile % column_tiles) * BN + tl.arange(0, BN)
+        dy_places, x_places = k[:, None] * N + m[None, :], k[:, None] * K + n[None, :]
+        m_inside, n_inside = m[None, :] < N, n[None, :] < K
+        acc = tl.zeros((BM, BN), tl.float32)
+        last = first + (end - first) // BK * BK
+        for start in range(first, last, BK):
+            dy = operand(dy_ptr + start * wide_n + dy_places, m_inside, WHOLE, PTX)
+            x = operand(x_ptr + start * wide_k + x_places, n_inside, WHOLE, PTX)
+            # (BM, BK) @ (BK, BN) -> (BM, BN)
+            acc = tl.dot(tl.trans(dy), x, acc, input_precision="ieee")
+        if last < end:
+            # Both masked: a NaN of the next group must not meet a zero.
+            mine = (last + k < end)[:, None]
+            dy = operand(dy_ptr + last * wide_n + dy_places, mine & m_inside, False, PTX)
+            x = operand(x_ptr + last * wide_k + x_places, mine & n_inside, False, PTX)
+            acc = tl.dot(tl.trans(dy), x, acc, input_precision="ieee")
+        acc = acc * group_alpha(dy_amax_ptr, x_amax_ptr, group, True, A_FORMAT, B_FORMAT)
+        rows = group.to(tl.int64) * N + m
+        inside = (m[:, None] < N) & (n[None, :] < K)
+        dw_pointers = dw_ptr + rows[:, None] * K + n[None, :]
+        tl.store(dw_pointers, cast(acc, dw_ptr.dtype.element_ty, PTX), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -170,6 +186,8 @@ class GemmTile:
     BK: int
     num_warps: int
     num_stages: int
+    programs: int = 1
+    """Programs that a multiprocessor holds."""
 
     def constants(self, device: torch.device) -> dict[str, int]:
         """What its kernels end their constants with."""
@@ -180,8 +198,10 @@ class GemmTile:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-INTERPRETED = GemmTile(32, 32, 32, 1, 1)
-AMPERE = GemmTile(128, 128, 32, 8, 4)
+_GEMMS = Plans()
+# Three programs, so that each takes several tiles.
+INTERPRETED = GemmTile(32, 32, 32, 1, 1, 3)
+AMPERE = GemmTile(128, 128, 32, 8, 4, 2)
 HOPPER = GemmTile(128, 256, 64, 8, 3)
 
 
@@ -191,6 +211,14 @@ def gemm_tile(device: torch.device) -> GemmTile:
         return INTERPRETED
     # By shared memory: 228 KiB on sm_90 and sm_100, less on others.
     return HOPPER if torch.cuda.get_device_capability(device)[0] in (9, 10) else AMPERE
+
+
+@cache
+def _programs(device: torch.device, tile: GemmTile) -> int:
+    """Programs that a device holds at once."""
+    if ptx_level(device) == 0:
+        return tile.programs
+    return tile.programs * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _format_constants(formats: tuple[BlockFormat, BlockFormat]) -> dict[str, BlockFormat]:
@@ -233,25 +261,29 @@ def grouped_mm_triton(
     y = torch.empty((rows, columns), dtype=out_dtype, device=a.device)
     if not y.numel():
         return y
-    tile = gemm_tile(a.device)
-    # Every group, and the rows of none, may end in an incomplete tile.
-    tiles = cdiv(rows, tile.BM) + groups
-    launch(
-        _grouped_mm_kernel,
-        tiles * cdiv(columns, tile.BN),
-        (
-            *(_dot_input(a), _dot_input(b), y, a_amax, b_amax, offs),
-            *(rows, columns, b.shape[2 if b_transposed else 1], groups),
-            *(a.shape[1], b.shape[2], b.shape[1] * b.shape[2]),
-        ),
-        {
+    inner = b.shape[2 if b_transposed else 1]
+    kind = (a.shape, b.shape, b_transposed, columns, out_dtype, formats, a.device)
+    gemm = _GEMMS.get(kind)
+    if gemm is None:
+        tile = gemm_tile(a.device)
+        # Every group, and the rows of none, may end in an incomplete tile.
+        tiles = (cdiv(rows, tile.BM) + groups) * cdiv(columns, tile.BN)
+        whole = inner % tile.BK == 0 and (b_transposed or columns % tile.BN == 0)
+        constants = {
             **_format_constants(formats),
             "TRANSPOSED": b_transposed,
+            "WHOLE": whole,
             "GROUPS": next_power_of_2(groups + 1),
             **tile.constants(a.device),
-        },
-        **tile.options(),
-    )
+        }
+        strides = (a.shape[1], b.shape[2], b.shape[1] * b.shape[2])
+        sizes = (rows, columns, inner, groups, *strides)
+        programs = min(tiles, _programs(a.device, tile))
+        gemm = _GEMMS.make(
+            kind,
+            lambda: Launch(_grouped_mm_kernel, programs, constants, sizes, **tile.options()),
+        )
+    gemm(_dot_input(a), _dot_input(b), y, a_amax, b_amax, offs, *gemm.sizes)
     return y
 
 
@@ -280,16 +312,23 @@ def grouped_wgrad_triton(
     """
     groups, n, k = offs.shape[0], dy.shape[1], x.shape[1]
     dw = torch.empty((groups, n, k), dtype=out_dtype, device=dy.device)
-    tile = gemm_tile(dy.device)
-    launch(
-        _grouped_wgrad_kernel,
-        groups * cdiv(n, tile.BM) * cdiv(k, tile.BN),
-        (_dot_input(dy), _dot_input(x), dw, dy_amax, x_amax, offs, n, k, groups),
-        {
+    kind = (n, k, groups, out_dtype, formats, dy.device)
+    gemm = _GEMMS.get(kind)
+    if gemm is None:
+        tile = gemm_tile(dy.device)
+        constants = {
             **_format_constants(formats),
+            "WHOLE": n % tile.BM == 0 and k % tile.BN == 0,
             "GROUPS": next_power_of_2(groups),
             **tile.constants(dy.device),
-        },
-        **tile.options(),
-    )
+        }
+        tiles = groups * cdiv(n, tile.BM) * cdiv(k, tile.BN)
+        programs = min(tiles, _programs(dy.device, tile))
+        gemm = _GEMMS.make(
+            kind,
+            lambda: Launch(
+                _grouped_wgrad_kernel, programs, constants, (n, k, groups), **tile.options()
+            ),
+        )
+    gemm(_dot_input(dy), _dot_input(x), dw, dy_amax, x_amax, offs, *gemm.sizes)
     return dw

@@ -13,7 +13,7 @@ from ..errors import UnsupportedError
 from ..formats import BLOCK, NVFP4, BlockFormat
 from ..numerics.grouped import padded_rows
 from .triton_amax import _amax_kernel
-from .triton_call import cdiv, launch, next_power_of_2
+from .triton_call import Launch, Plans, cdiv, launch, next_power_of_2
 from .triton_quantize import _quantize_kernel
 from .triton_unpack import _alpha_kernel, _scale_kernel, _unpack_kernel
 
@@ -76,9 +76,12 @@ class Slots:
         return {"C": columns, "WHOLE": whole, "WIDTH": self.columns if whole else 0}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Use:
-    """How one use of a tensor is quantized and what is written of it."""
+    """How one use of a tensor is quantized and what is written of it.
+
+    Compared by identity, which is what a look-up at every launch can afford.
+    """
 
     square: bool
     sr: bool
@@ -142,30 +145,59 @@ def amax_triton(
     Returns:
         (2, E) fp32, 0 where a use is None or has no scale per tensor.
     """
-    rows, cols = (use if use and use.scaled else None for use in (rows, cols))
-    amax = torch.zeros((2, slots.groups), dtype=torch.int32, device=t.device)
-    ptx_level(t.device)  # refuses what no kernel runs on
-    t = _flat(t)
-    if t.numel() and (rows or cols):
-        columns = slots.tile_columns(MAX_COLUMNS)
-        constants = {
-            "GROUPS": slots.groups_bound,
-            "ROW": rows is not None,
-            "ROW_RHT": rows is not None and rows.rht,
-            "COL": cols is not None,
-            "COL_RHT": cols is not None and cols.rht,
-            "ROUND": t.dtype != torch.bfloat16,
-            **slots.tile(t, columns),
-        }
-        sizes = (slots.rows, slots.columns, slots.groups)
-        launch(
-            _amax_kernel,
-            _programs(slots, columns, slots.columns),
-            (t, t.stride(0), slots.offs, amax, *sizes),
-            constants,
-            num_warps=_warps(columns),
+    return take_amaxes(t, slots.offs, rows, cols, (2, slots.groups))
+
+
+def take_amaxes(
+    t: torch.Tensor,
+    offs: torch.Tensor | None,
+    rows: Use | None,
+    cols: Use | None,
+    shape: tuple[int, ...],
+) -> torch.Tensor:
+    """`amax_triton` in a shape of 2E elements; `offs`: group ends of tokens, or None."""
+    amax = torch.zeros(shape, dtype=torch.int32, device=t.device)
+    flat = _flat(t)
+    if flat.numel():
+        kind = (*_kind(t, flat, offs), rows, cols)
+        taken = _AMAXES.get(kind) or _AMAXES.make(
+            kind, _amax_launch, flat, Slots.of(t.shape, offs), rows, cols
         )
+        if taken.sizes:
+            taken(flat, flat.stride(0), offs, amax, *taken.sizes)
     return amax.view(torch.float32)
+
+
+_AMAXES, _QUANTIZED, _UNPACKED = Plans(), Plans(), Plans()
+
+
+def _kind(t: torch.Tensor, flat: torch.Tensor, offs: torch.Tensor | None) -> tuple:
+    """What launches over t, seen as (R, K), depend on."""
+    groups = None if offs is None else offs.shape[0]
+    return t.shape, flat.stride(0), t.dtype, t.device, groups
+
+
+def _amax_launch(flat: torch.Tensor, slots: Slots, rows: Use | None, cols: Use | None) -> Launch:
+    """How amaxes are taken; without sizes where there are none to take."""
+    rows, cols = (use if use and use.scaled else None for use in (rows, cols))
+    ptx_level(flat.device)  # refuses what no kernel runs on
+    columns = slots.tile_columns(MAX_COLUMNS)
+    constants = {
+        "GROUPS": slots.groups_bound,
+        "ROW": rows is not None,
+        "ROW_RHT": rows is not None and rows.rht,
+        "COL": cols is not None,
+        "COL_RHT": cols is not None and cols.rht,
+        "ROUND": flat.dtype != torch.bfloat16,
+        **slots.tile(flat, columns),
+    }
+    return Launch(
+        _amax_kernel,
+        _programs(slots, columns, slots.columns),
+        constants,
+        (slots.rows, slots.columns, slots.groups) if rows or cols else (),
+        num_warps=_warps(columns),
+    )
 
 
 def tile_rows(rows: Use | None, cols: Use | None) -> int:
@@ -202,47 +234,68 @@ def quantize_triton(
     """
     if not t.numel():
         return
+    flat = _flat(t)
+    kind = (*_kind(t, flat, offs), rows, cols)
+    launches = _QUANTIZED.get(kind) or _QUANTIZED.make(
+        kind, _quantize_launches, t.shape, flat, offs, rows, cols
+    )
+    pointers = [_as_integers(o) if o.numel() else None for o in outputs]
+    counters = (*offset, *streams, *_words(key))
+    for part in launches:
+        part(flat, flat.stride(0), offs, amax, *pointers, *part.sizes, *counters)
+
+
+def _as_integers(t: torch.Tensor) -> torch.Tensor:
+    """Codes and scales as bytes, values (bf16) as 16 bits."""
+    if t.dtype == torch.uint8:
+        return t
+    return t.view(torch.int16 if t.dtype == torch.bfloat16 else torch.uint8)
+
+
+def _quantize_launches(
+    shape: torch.Size,
+    flat: torch.Tensor,
+    offs: torch.Tensor | None,
+    rows: Use | None,
+    cols: Use | None,
+) -> list[Launch]:
     height = tile_rows(rows, cols)
     if rows and rows.square and rows.format.block > height:
         # Its squares do not fit into the tiles that the column operand needs.
-        options = (amax, outputs, streams, key, offset)
-        quantize_triton(t, offs, rows, None, *options)
-        quantize_triton(t, offs, None, cols, *options)
-        return
-    slots = Slots.of(t.shape, offs, height)
-    t = _flat(t)
+        return [
+            _quantize_launches(shape, flat, offs, *uses)[0] for uses in ((rows, None), (None, cols))
+        ]
+    slots = Slots.of(shape, offs, height)
     least = max(use.format.block for use in (rows, cols) if use)
     # Tiles of the same size for every height; half of it where a thread tries two scales.
     targets = max(len(use.format.block_targets) for use in (rows, cols) if use)
     share = height // BLOCK * targets
     columns = slots.tile_columns(MAX_COLUMNS // share, least)
-    integer = (torch.uint8, torch.uint8, torch.int16)
-    pointers = [t.view(dtype) for t, dtype in zip(outputs, integer * 2, strict=True)]
     # A short last dim: padding is written, so the tile must reach it.
     width = cdiv(slots.columns, least) * least
     constants = {
         "GROUPS": slots.groups_bound,
         **_use_constants(rows, cols),
-        "ROUND": t.dtype != torch.bfloat16,
+        "ROUND": flat.dtype != torch.bfloat16,
         "ROWS": height,
-        **slots.tile(t, columns),
-        "PTX": ptx_level(t.device),
+        **slots.tile(flat, columns),
+        "PTX": ptx_level(flat.device),
     }
-    sizes = (slots.rows, slots.columns, slots.groups)
-    counters = (*offset, *streams, *_words(key))
-    launch(
+    whole = Launch(
         _quantize_kernel,
         _programs(slots, columns, width),
-        (t, t.stride(0), slots.offs, amax, *pointers, *sizes, *counters),
         constants,
+        (slots.rows, slots.columns, slots.groups),
+        own=6,
         num_warps=_warps(columns, share),
         maxnreg=max_registers(
-            t.dtype,
+            flat.dtype,
             constants["PTX"],
             offs is not None,
             any(use.sr for use in (rows, cols) if use),
         ),
     )
+    return [whole]
 
 
 @cache
@@ -299,21 +352,31 @@ def unpack_triton(
     """
     if not values.numel():
         return
-    columns = slots.tile_columns(2 * MAX_COLUMNS, fmt.block)
+    sizes = (slots.rows, slots.columns, slots.groups)
+    kind = (*sizes, slots.groups_bound, slots.blocks, fmt, along_rows, values.device, values.dtype)
+    kind += (dequantize,)
+    unpack = _UNPACKED.get(kind) or _UNPACKED.make(
+        kind, _unpack_launch, slots, fmt, along_rows, values.device
+    )
     written = values if dequantize else values.view(torch.int16)
-    bytes_ = (t.view(torch.uint8) for t in (codes, scale))
-    tensors = (*bytes_, amax, slots.offs, written)
-    launch(
+    unpack(_as_integers(codes), _as_integers(scale), amax, slots.offs, written, *sizes)
+
+
+def _unpack_launch(
+    slots: Slots, fmt: BlockFormat, along_rows: bool, device: torch.device
+) -> Launch:
+    columns = slots.tile_columns(2 * MAX_COLUMNS, fmt.block)
+    constants = {
+        "GROUPS": slots.groups_bound,
+        "FORMAT": fmt,
+        "COLUMNS": along_rows,
+        "C": columns,
+        "PTX": ptx_level(device),
+    }
+    return Launch(
         _unpack_kernel,
         _programs(slots, columns, slots.columns),
-        (*tensors, slots.rows, slots.columns, slots.groups),
-        {
-            "GROUPS": slots.groups_bound,
-            "FORMAT": fmt,
-            "COLUMNS": along_rows,
-            "C": columns,
-            "PTX": ptx_level(values.device),
-        },
+        constants,
         num_warps=max(1, _warps(columns) // 2),
     )
 
@@ -333,9 +396,14 @@ def alpha_triton(
         device: Where the GEMM runs.
     """
     alpha = torch.empty(2, dtype=torch.float32, device=device)
-    constants = dict(zip(("A_FORMAT", "B_FORMAT"), formats, strict=True))
-    launch(_alpha_kernel, 1, (a_amax, b_amax, alpha), constants, num_warps=1)
+    _alpha_launch(formats)(a_amax, b_amax, alpha)
     return alpha
+
+
+@cache
+def _alpha_launch(formats: tuple[BlockFormat, BlockFormat]) -> Launch:
+    constants = dict(zip(("A_FORMAT", "B_FORMAT"), formats, strict=True))
+    return Launch(_alpha_kernel, 1, constants, num_warps=1)
 
 
 def scale_triton(acc: torch.Tensor, alpha: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:

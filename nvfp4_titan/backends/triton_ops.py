@@ -11,7 +11,7 @@ as "format,format".
 
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
 
@@ -78,20 +78,31 @@ def _outputs(
     t: torch.Tensor, offs: torch.Tensor | None, rows: str, cols: str, new: Callable
 ) -> list[torch.Tensor]:
     """Codes, scales and values of both uses, made by `new`; empty where not asked for."""
-    *outer, m, k = t.shape
+    groups = None if offs is None else offs.shape[0]
+    # A compiler's sizes may be symbols, which cannot be looked up.
+    known = all(type(size) is int for size in t.shape)
+    shapes = (_output_shapes if known else _output_shapes.__wrapped__)(t.shape, groups, rows, cols)
+    return [new(shape, dtype=dtype) for shape, dtype in shapes]
+
+
+@lru_cache(maxsize=4096)
+def _output_shapes(
+    shape: torch.Size, groups: int | None, rows: str, cols: str
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    *outer, m, k = shape
     outputs = []
     for spec, along_rows in ((rows, False), (cols, True)):
         fmt, written = _layout(spec), spec.partition("/")[2]
         blocks = -(-(m if along_rows else k) // fmt.block)
-        if along_rows and offs is not None:
-            blocks = padded_rows(m, offs.shape[0], fmt.block) // fmt.block
+        if along_rows and groups is not None:
+            blocks = padded_rows(m, groups, fmt.block) // fmt.block
         for letter, a_block, dtype in (
             ("p", fmt.block // fmt.codes_per_byte, fmt.code_dtype),
             ("p", 1, fmt.scale_dtype),
             ("v", fmt.block, torch.bfloat16),
         ):
-            shape = (blocks * a_block, k) if along_rows else (m, blocks * a_block)
-            outputs.append(new((*outer, *shape) if letter in written else (0,), dtype=dtype))
+            last = (blocks * a_block, k) if along_rows else (m, blocks * a_block)
+            outputs.append(((*outer, *last) if letter in written else (0,), dtype))
     return outputs
 
 
@@ -135,19 +146,19 @@ def quantize(
 ) -> SEVEN_TENSORS:
     """Quantize (M, K), tokens (M, K) with offs, or experts (E, N, K), along both dims."""
     launch = _module("triton_launch")
-    slots = launch.Slots.of(t.shape, offs)
     uses = _use(rows), _use(cols)
-    if not _any_scaled(rows, cols):
-        amaxes = t.new_empty(_amaxes_shape(t, offs, rows, cols), dtype=torch.float32)
+    shape = _amaxes_shape(t, offs, rows, cols)
+    if 0 in shape:
+        amaxes = t.new_empty(shape, dtype=torch.float32)
     elif amax is None:
-        amaxes = launch.amax_triton(t, slots, *uses)
+        amaxes = launch.take_amaxes(t, offs, *uses, shape)
     else:
-        amaxes = amax.to(torch.float32, copy=True).reshape(2, slots.groups)
+        amaxes = amax.to(torch.float32, copy=True).reshape(shape)
     # Nothing is launched for an empty tensor, whose groups have slots all the same.
     outputs = _outputs(t, offs, rows, cols, t.new_empty if t.numel() else t.new_zeros)
     seed = 0 if key is None else int(key)
     launch.quantize_triton(t, offs, *uses, amaxes, outputs, streams, seed, tuple(offset))
-    return (*outputs, amaxes.view(_amaxes_shape(t, offs, rows, cols)))
+    return (*outputs, amaxes)
 
 
 @fake_of("triton_quantize")

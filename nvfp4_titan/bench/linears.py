@@ -1,11 +1,22 @@
-"""The linear's and the experts' three GEMMs with all quantizing, against bf16 in the same run."""
+"""The linear's and the experts' three GEMMs with all quantizing, against bf16 in the same run.
+
+Rows "triton" quantize everything in each call, the weight and its amax too. Training knows more:
+
+    triton known amax    the weight's amax, which a sweep over all weights takes once a step
+    triton kept weight   the weight's operand, kept until the optimizer steps (nvfp4.keep_weights)
+"""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from ..backends import BACKENDS, triton_ops
+from ..numerics import QuantizedOperand
+from ..numerics.grouped import padded_rows
+from ..recipe import RECIPES
 from ..training import grouped_mm, key_tensor, linear
+from ..training.functions import KeptWeight
 from .peers import FakeQuantLinear, compiled_linear, modelopt_fake_quant
 from .rows import BenchRow, ratios
 from .timing import measure
@@ -19,11 +30,24 @@ PEAK = 8192
 EXPERTS, EXPERT_TOKENS, EXPERT_K, EXPERT_N = 16, 16384, 2048, 1408
 KEY = key_tensor(0, "bench")
 Forward = Callable[..., torch.Tensor]
+RECIPE = RECIPES["nvfp4"]
 
 
-def triton_linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Ours, (M, K), (N, K) -> (M, N)."""
-    return linear(x, w, backend=BACKENDS["triton"], key=KEY)
+def triton_linear(x: torch.Tensor, w: torch.Tensor, **known) -> torch.Tensor:
+    """Ours, (M, K), (N, K) -> (M, N); `known`: of the weight, as `linear` takes it."""
+    return linear(x, w, backend=BACKENDS["triton"], key=KEY, **known)
+
+
+def known_of(w: torch.Tensor) -> dict[str, dict]:
+    """What may be known of a weight, (N, K) or (E, N, K), by variant."""
+    w = w.detach()
+    amax = w.abs().amax((-2, -1)).float()
+    kept = KeptWeight.of(w, RECIPE, BACKENDS["triton"], w.dtype, amax)
+    return {
+        "triton": {},
+        "triton known amax": {"weight_amax": amax},
+        "triton kept weight": {"kept_weight": kept},
+    }
 
 
 def step(forward: Forward, dy: torch.Tensor, *leaves: torch.Tensor) -> Callable[[], object]:
@@ -40,9 +64,10 @@ def linear_rows(k: int, n: int, peers: dict[str, Forward]) -> list[BenchRow]:
     """Forward and backward of one linear."""
     x, w = _leaves((TOKENS, k), (n, k))
     dy = torch.randn(TOKENS, n, device="cuda", dtype=torch.bfloat16)
+    ours = {name: partial(triton_linear, **known) for name, known in known_of(w).items()}
     forwards = {
         "bf16": torch.nn.functional.linear,
-        "triton": triton_linear,
+        **ours,
         "triton compiled": torch.compile(triton_linear, fullgraph=True),
         **peers,
     }
@@ -55,11 +80,15 @@ def qkv_rows() -> list[BenchRow]:
     k = QKV[0]
     x, *weights = _leaves((TOKENS, k), *((n, k) for n in QKV))
     dy = torch.randn(TOKENS, sum(QKV), device="cuda", dtype=torch.bfloat16)
+    ours = [known_of(w) for w in weights]
+    variants = {"bf16": [torch.nn.functional.linear] * len(weights)}
+    for name in ours[0]:
+        variants[name] = [partial(triton_linear, **known[name]) for known in ours]
     times = {}
-    for name, one in (("bf16", torch.nn.functional.linear), ("triton", triton_linear)):
+    for name, linears in variants.items():
 
-        def forward(x, *weights, one=one):
-            return torch.cat([one(x, w) for w in weights], dim=1)
+        def forward(x, *weights, linears=linears):
+            return torch.cat([one(x, w) for one, w in zip(linears, weights, strict=True)], dim=1)
 
         times[name] = step(torch.compile(forward, fullgraph=True), dy, x, *weights)
     sizes = {"M": TOKENS, "K": k, "N": sum(QKV)}
@@ -87,12 +116,62 @@ def grouped_rows(kind: str, sizes: list[int]) -> list[BenchRow]:
     def bf16(x, w):
         return torch._grouped_mm(x, w.transpose(1, 2), offs=offs)
 
-    def ours(x, w):
-        return grouped_mm(x, w.transpose(1, 2), offs, backend=BACKENDS["triton"], key=KEY)
+    def ours(x, w, **known):
+        options = {"backend": BACKENDS["triton"], "key": KEY, **known}
+        return grouped_mm(x, w.transpose(1, 2), offs, **options)
 
-    times = measure({"bf16": step(bf16, dy, x, w), "triton": step(ours, dy, x, w)})
+    steps = {"bf16": step(bf16, dy, x, w)}
+    for name, known in known_of(w).items():
+        steps[name] = step(partial(ours, **known), dy, x, w)
     shape = {"M": m, "K": EXPERT_K, "N": EXPERT_N, "E": len(sizes)}
-    return _rows(f"grouped {kind}", shape, times, 6 * m * EXPERT_K * EXPERT_N)
+    flops = 2 * m * EXPERT_K * EXPERT_N
+    rows = _rows(f"grouped {kind}", shape, measure(steps), 3 * flops)
+    for gemm, variants in grouped_gemms(x.detach(), w.detach(), dy, offs).items():
+        rows += _rows(f"grouped {kind} {gemm}", shape, measure(variants), flops)
+    return rows
+
+
+def grouped_gemms(
+    x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, offs: torch.Tensor
+) -> dict[str, dict[str, Callable[[], object]]]:
+    """The experts' three GEMMs alone, operands ready, by name and variant.
+
+    Args:
+        x: (M, K) bf16.
+        w: (E, N, K) bf16.
+        dy: (M, N) bf16.
+        offs: Group ends.
+    """
+    triton, amax = BACKENDS["triton"], torch.ones(len(offs), device=x.device)
+
+    def operand(values: torch.Tensor, size: int) -> QuantizedOperand:
+        nothing = values.new_empty(0, dtype=torch.uint8)
+        return QuantizedOperand(nothing, nothing, amax, size, RECIPE.fprop.left.format, values)
+
+    def by_slots(t: torch.Tensor) -> QuantizedOperand:
+        slots = padded_rows(t.shape[0], len(offs))
+        values = t.new_zeros(slots, t.shape[1])
+        values[: t.shape[0]] = t
+        return operand(values.mT, t.shape[0])
+
+    (_, k), n = x.shape, w.shape[1]
+    left, weight, gradient = operand(x, k), operand(w, k), operand(dy, n)
+    tokens, gradients = by_slots(x), by_slots(dy)
+    bf16 = torch.bfloat16
+    return {
+        "fprop": {
+            "bf16": lambda: torch._grouped_mm(x, w.mT, offs=offs),
+            "triton": lambda: triton.mm(left, weight, n, bf16, offs=offs),
+        },
+        "dgrad": {
+            "bf16": lambda: torch._grouped_mm(dy, w, offs=offs),
+            "triton": lambda: triton.mm(gradient, weight, k, bf16, True, offs),
+        },
+        "wgrad": {
+            "bf16": lambda: torch._grouped_mm(dy.mT, x, offs=offs),
+            "triton": lambda: triton.wgrad(gradients, tokens, bf16, offs),
+        },
+    }
 
 
 def skewed(tokens: int, experts: int) -> list[int]:

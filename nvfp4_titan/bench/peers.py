@@ -5,6 +5,7 @@ over `lut[q] * S_b` with alpha applied in fp32, torch's generator for SR, all un
 """
 
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -80,16 +81,17 @@ def modelopt_fake_quant() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor
     """ModelOpt's fake-quant kernel: (M, K) bf16 and its amax (fp32 scalar) to (M, K).
 
     Raises:
-        UnsupportedError: ModelOpt is not installed, or has no kernel for this GPU.
+        UnsupportedError: ModelOpt 0.47 is not installed, or has no kernel for this GPU.
     """
-    if find_spec("modelopt") is None:
+    # Releases move the kernel.
+    if find_spec("modelopt") is None or not version("nvidia-modelopt").startswith("0.47."):
         raise UnsupportedError(
-            "ModelOpt, which is compared with, is not installed: pip install nvidia-modelopt, or "
-            "leave it out with --no-modelopt"
+            "ModelOpt 0.47, which is compared with, is not installed: pip install "
+            "nvidia-modelopt==0.47.0, or leave it out with --no-modelopt"
         )
-    from modelopt.torch.quantization import triton as kernels
+    from modelopt.torch.kernels.quantization import gemm as kernels
 
-    if not kernels.IS_AVAILABLE:
+    if not kernels.IS_AVAILABLE or not hasattr(kernels, "fp4_fake_quant_block"):
         raise UnsupportedError("ModelOpt has no FP4 kernel for this GPU: use --no-modelopt")
     return kernels.fp4_fake_quant_block
 

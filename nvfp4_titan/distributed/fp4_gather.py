@@ -148,10 +148,15 @@ def amax_of_uses(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class Known:
-    """When amaxes are known: an event of the stream that takes them; nothing on a CPU."""
+    """When amaxes are known: an event of the stream that takes them; nothing on a CPU.
+
+    Attributes:
+        epoch: How often they were taken.
+    """
 
     def __init__(self):
         self._event = None
+        self.epoch = 0
 
     def record(self) -> None:
         """The current stream takes the amaxes up to here."""
@@ -174,6 +179,7 @@ class WeightGather:
         recipe: The weight's Recipe.
         backend: Its Backend.
         known: When the amaxes are.
+        kept: None, or what was quantized since, by `when`: at most one entry.
     """
 
     amaxes: dict[str, torch.Tensor]
@@ -181,6 +187,7 @@ class WeightGather:
     recipe: Recipe
     backend: Backend
     known: Known
+    kept: dict[tuple, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @property
     def format(self) -> OperandFormat:
@@ -211,8 +218,17 @@ class QuantizingShard(torch.Tensor):
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """Codes and scales of this rank's shard, as bytes, and what rebuilds the whole."""
-        shard = self.as_subclass(torch.Tensor).to(mp_policy.param_dtype or self.dtype)
-        gather = self.gather
+        gather, dtype = self.gather, mp_policy.param_dtype or self.dtype
+        if gather.kept is None:
+            return self._quantized(mesh, dtype), None
+        when = (gather.known.epoch, self._version, dtype)
+        if when not in gather.kept:
+            gather.kept.clear()
+            gather.kept[when] = self._quantized(mesh, dtype)
+        return gather.kept[when], None
+
+    def _quantized(self, mesh, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        shard, gather = self.as_subclass(torch.Tensor).to(dtype), self.gather
         gather.known.wait()
         amax = gather.amax
         if amax.dim():  # of experts, which are split
@@ -222,7 +238,7 @@ class QuantizingShard(torch.Tensor):
         amaxes = amax_of_uses(amax, shard.dtype)
         operand, _ = gather.backend.quantize(shard, use, None, amax=amaxes)
         scale = operand.plain_scale[..., :: gather.format.block[0], :].contiguous()
-        return (operand.codes, scale.view(torch.uint8)), None
+        return operand.codes, scale.view(torch.uint8)
 
     def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
         """The gathered weight; `out` is the one of before, whose storage was refilled."""
@@ -262,6 +278,7 @@ def attach(
     recipe: Recipe,
     backend: Backend,
     known: Known,
+    kept: dict | None = None,
 ) -> None:
     """Have FSDP gather a weight quantized from now on; nothing if it does already.
 
@@ -271,10 +288,11 @@ def attach(
         recipe: Its Recipe.
         backend: Its Backend.
         known: When the amaxes are.
+        kept: An empty dict to keep a shard's codes in until they change; None keeps nothing.
     """
     local = weight.local
     if isinstance(local, QuantizingShard):
         return
     local.__class__ = QuantizingShard
-    local.gather = WeightGather(amaxes, weight.name, recipe, backend, known)
+    local.gather = WeightGather(amaxes, weight.name, recipe, backend, known, kept)
     weight.fsdp._init_extensions()

@@ -32,6 +32,7 @@ class NVFP4Converter(ModelConverter):
         check_settings(job_config)
         self.settings = job_config.nvfp4
         self.frees_weights = _frees_weights(job_config, parallel_dims)
+        self.keeps_weights = _keeps_weights(job_config, parallel_dims)
         activation_checkpoint.install()
         for name in ("schedule", "numerics_log_freq"):
             asked = getattr(self.settings, name)
@@ -46,7 +47,11 @@ class NVFP4Converter(ModelConverter):
         """Convert in place and print the report once."""
         self.report = convert_by_settings(model, self.settings)
         check_gathers(model, self.job_config)
-        track_weights(model, fp4_all_gather=self.settings.fp4_all_gather)
+        track_weights(
+            model,
+            fp4_all_gather=self.settings.fp4_all_gather,
+            keep_weights=self.keeps_weights,
+        )
         if self.frees_weights:
             for module in model.modules():
                 if isinstance(module, NVFP4Linear | WrappingExperts):
@@ -71,6 +76,17 @@ def _frees_weights(job_config: JobConfig, parallel_dims: ParallelDims) -> bool:
     # A checkpointed block runs its forward right before its backward: nothing is kept for long.
     checkpointed = ac.mode == "full" or (ac.mode == "selective" and ac.selective_ac_option == "op")
     return parallel_dims.fsdp_enabled and reshards and not checkpointed
+
+
+def _keeps_weights(job_config: JobConfig, parallel_dims: ParallelDims) -> bool:
+    """Whether weights' quantized forms are kept from an optimizer step to the next."""
+    setting, training = job_config.nvfp4.keep_weights, job_config.training
+    if setting != "auto":
+        return setting == "always"
+    ranks = parallel_dims.dp_replicate * parallel_dims.dp_shard
+    # torchtitan's default, a batch for every rank's local one, is any number below 1.
+    accumulates = training.global_batch_size > training.local_batch_size * ranks
+    return accumulates or parallel_dims.pp_enabled
 
 
 def schedule(job_config: JobConfig) -> tuple[Change, ...]:

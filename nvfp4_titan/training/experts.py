@@ -28,6 +28,7 @@ from ..backends import Backend
 from ..distributed import GemmShards, expert_shards
 from ..errors import ConfigError, UnsupportedError
 from ..recipe import Recipe
+from .functions import KeptWeight
 from .grouped import grouped_mm
 from .linear import cast_input, check_operands, key_tensor, local_linear
 
@@ -63,12 +64,18 @@ class ExpertOptions:
         backend: The Backend.
         shards: Place of the operands in the whole where tensor parallelism shards experts.
         requantize: Keep the weights for backward, and not their codes (`linear`).
+        kept_dtype: Dtype of the KeptWeight that comes along; None for none.
     """
 
     recipe: Recipe
     backend: Backend
     shards: GemmShards | None = None
     requantize: bool = False
+    kept_dtype: torch.dtype | None = None
+
+
+_KEPT = tuple(f"kept_{i}" for i in range(8))
+"""Where an ExpertWeight has the tensors of a KeptWeight: inner tensors, for compilers."""
 
 
 class ExpertWeight(torch.Tensor):
@@ -79,10 +86,14 @@ class ExpertWeight(torch.Tensor):
         key: int64 CPU scalar, the SR key.
         options: ExpertOptions.
         amax: fp32 (E,), of each whole expert, where it is known; its dims follow data_'s.
+        kept_0: And so on: tensors of a KeptWeight of the whole parameter, as it is stored; None
+            where there is none.
     """
 
     @staticmethod
-    def __new__(cls, data_: torch.Tensor, key: torch.Tensor, options: ExpertOptions, amax=None):
+    def __new__(
+        cls, data_: torch.Tensor, key: torch.Tensor, options: ExpertOptions, amax=None, kept=()
+    ):
         """Make a tensor without storage of its own; the GEMMs read `data_`."""
         return torch.Tensor._make_wrapper_subclass(
             cls,
@@ -94,23 +105,30 @@ class ExpertWeight(torch.Tensor):
             requires_grad=data_.requires_grad,
         )
 
-    def __init__(self, data_: torch.Tensor, key: torch.Tensor, options: ExpertOptions, amax=None):
+    def __init__(
+        self, data_: torch.Tensor, key: torch.Tensor, options: ExpertOptions, amax=None, kept=()
+    ):
         self.data_, self.key, self.options, self.amax = data_, key, options, amax
+        for name, tensor in zip(_KEPT, kept or (None,) * len(_KEPT), strict=True):
+            setattr(self, name, tensor)
 
     def __repr__(self) -> str:
         return f"ExpertWeight({tuple(self.shape)}, recipe={self.options.recipe.name})"
 
     # The key is an inner tensor, so that layers which differ in it alone share one compiled graph.
     def __tensor_flatten__(self):
-        return ["data_", "key"] + ([] if self.amax is None else ["amax"]), self.options
+        optional = [name for name in ("amax", *_KEPT) if getattr(self, name) is not None]
+        return ["data_", "key", *optional], self.options
 
     @classmethod
     def __tensor_unflatten__(cls, inner, options, outer_size, outer_stride):
-        return cls(inner["data_"], inner["key"], options, inner.get("amax"))
+        kept = tuple(inner.get(name) for name in _KEPT)
+        return cls(inner["data_"], inner["key"], options, inner.get("amax"), kept)
 
     def _stable_hash_for_caching(self) -> str:
         options = self.options
-        return f"{options.recipe}/{options.backend.name}/{options.shards}/{options.requantize}"
+        fields = (options.recipe, options.backend.name, options.shards)
+        return "/".join(map(str, (*fields, options.requantize, options.kept_dtype)))
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -135,10 +153,13 @@ class ExpertWeight(torch.Tensor):
             )
         weight = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, cls))
         plain = pytree.tree_map_only(cls, lambda leaf: leaf.data_, (args, kwargs or {}))
-        amax = weight.amax
-        if amax is not None and weight.dim() == 3 and func in _OF_EXPERTS and args[1] == 0:
-            amax = func(amax, *args[1:])
-        return cls(func(*plain[0], **plain[1]), weight.key, weight.options, amax)
+        amax, options = weight.amax, weight.options
+        kept = tuple(getattr(weight, name) for name in _KEPT)
+        if func in _OF_EXPERTS:
+            options, kept = replace(options, kept_dtype=None), ()
+            if amax is not None and weight.dim() == 3 and args[1] == 0:
+                amax = func(amax, *args[1:])
+        return cls(func(*plain[0], **plain[1]), weight.key, options, amax, kept)
 
 
 class _Unwrap(torch.autograd.Function):
@@ -163,12 +184,14 @@ class _Wrap(torch.autograd.Function):
         key: torch.Tensor,
         options: ExpertOptions,
         amax: torch.Tensor | None,
+        *kept: torch.Tensor | None,
     ):
-        return ExpertWeight(plain.detach(), key, options, amax)
+        ctx.options = 3 + len(kept)
+        return ExpertWeight(plain.detach(), key, options, amax, kept)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        return grad, None, None, None
+        return grad, *(None,) * ctx.options
 
 
 def _intercepted_grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None) -> torch.Tensor:
@@ -184,10 +207,10 @@ def _intercepted_grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None) -> to
             "NVFP4 experts take grouped GEMMs of (M, K) by (E, K, N) with offs, without bias or "
             "out_dtype: keep these experts in high precision with a rule or nvfp4.experts = false"
         )
-    options = w.options
+    options, plain = w.options, _Unwrap.apply(w)
     return grouped_mm(
         x,
-        _Unwrap.apply(w),
+        plain,
         offs,
         recipe=options.recipe,
         backend=options.backend,
@@ -195,7 +218,15 @@ def _intercepted_grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None) -> to
         shards=options.shards,
         weight_amax=w.amax,
         requantize=options.requantize,
+        kept_weight=_kept_weight(w, plain),
     )
+
+
+def _kept_weight(w: ExpertWeight, plain: torch.Tensor) -> KeptWeight | None:
+    """The KeptWeight that came along, where w (E, K, N) is the parameter (E, N, K) turned."""
+    if w.options.kept_dtype is None or not plain.transpose(-2, -1).is_contiguous():
+        return None
+    return KeptWeight(w.options.kept_dtype, tuple(getattr(w, name) for name in _KEPT))
 
 
 def _intercepted_matmul(x, other) -> torch.Tensor:
@@ -228,6 +259,10 @@ def _intercepted_matmul(x, other) -> torch.Tensor:
 class WrappingExperts:
     """Mixed into an experts module's class: its forward sees converted weights wrapped."""
 
+    kept_weights = None
+    being_observed = False
+    """Both as NVFP4Linear's; operands by weight name."""
+
     def forward(self, *args, **kwargs):
         """Run the module's own forward, reading converted weights wrapped."""
         self._wrapping = True
@@ -259,6 +294,7 @@ class WrappingExperts:
             name: (key, replace(options, recipe=change(options.recipe)))
             for name, (key, options) in self._converted.items()
         }
+        self.kept_weights = None if self.kept_weights is None else {}
 
     def __getattr__(self, name: str):
         value = super().__getattr__(name)
@@ -269,12 +305,15 @@ class WrappingExperts:
             return value
         key, options = self.__dict__["_converted"][name]
         amax = self.__dict__["weight_amaxes"].get(name)
+        kept = (self.__dict__.get("kept_weights") or {}).get(name)
+        options = options if kept is None else replace(options, kept_dtype=kept.dtype)
+        inner = (amax, *(() if kept is None else kept.tensors))
         if not isinstance(value, DTensor):
-            return _Wrap.apply(value, key, options, amax)
+            return _Wrap.apply(value, key, options, *inner)
         # What leaves through to_local() must be wrapped.
         options = replace(options, shards=expert_shards(value))
         return DTensor.from_local(
-            _Wrap.apply(value.to_local(), key, options, amax),
+            _Wrap.apply(value.to_local(), key, options, *inner),
             value.device_mesh,
             value.placements,
             run_check=False,

@@ -6,8 +6,8 @@ from ..backends import Backend, resolve
 from ..distributed import GemmShards
 from ..errors import ConfigError
 from ..recipe import Recipe, get_recipe
-from .functions import QuantizedGemm
-from .linear import DEFAULT_KEY, check_operands
+from .functions import KeptWeight, QuantizedGemm
+from .linear import DEFAULT_KEY, check_operands, kept_tensors
 
 
 def grouped_mm(
@@ -21,6 +21,7 @@ def grouped_mm(
     shards: GemmShards | None = None,
     weight_amax: torch.Tensor | None = None,
     requantize: bool = False,
+    kept_weight: KeptWeight | None = None,
 ) -> torch.Tensor:
     """Multiply each group of rows by its expert, all three GEMMs in the recipe's formats.
 
@@ -40,6 +41,7 @@ def grouped_mm(
             (`expert_shards`).
         weight_amax: fp32 (E,), max |w| of each whole expert where it is known beforehand.
         requantize: Keep w itself for backward, as `linear` has it.
+        kept_weight: As `linear` has it, of (E, N, K).
 
     Returns:
         (M, N) in x's dtype; a partial sum where w is sharded along K.
@@ -60,6 +62,7 @@ def grouped_mm(
     grad = torch.is_grad_enabled()
     grads = (grad and x.requires_grad, grad and w.requires_grad)
     options = (offs, key, recipe, backend, grads, shards, weight_amax, requantize)
+    options += kept_tensors(kept_weight, x)
     return QuantizedGemm.apply(x.contiguous(), w.transpose(-2, -1), *options)
 
 

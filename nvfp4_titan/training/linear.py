@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..numerics import sr_key
 from ..numerics.quantize import INPUT_DTYPES
 from ..recipe import Recipe, get_recipe
-from .functions import QuantizedGemm
+from .functions import KeptWeight, QuantizedGemm
 
 
 def key_tensor(seed: int, name: str) -> torch.Tensor:
@@ -64,6 +64,7 @@ def linear(
     key: torch.Tensor | None = None,
     weight_amax: torch.Tensor | None = None,
     requantize: bool = False,
+    kept_weight: KeptWeight | None = None,
 ) -> torch.Tensor:
     """Compute x @ w.T + bias with all three GEMMs in the recipe's formats.
 
@@ -78,6 +79,8 @@ def linear(
             it here.
         requantize: Keep w itself for backward and quantize it again there, in place of keeping its
             codes (0.56 bytes an element): right where FSDP frees the gathered w in between.
+        kept_weight: None, or w quantized beforehand for this recipe and backend: used in its place
+            where x has its dtype.
 
     Returns:
         (..., N) in x's dtype (autocast's where that is enabled).
@@ -100,7 +103,7 @@ def linear(
     backend = resolve(backend, recipe, x.device.type)
     key = DEFAULT_KEY if key is None else key
     check_operands(x, w)
-    kept = (weight_amax, requantize)
+    kept = (weight_amax, requantize, kept_weight)
     if isinstance(x, DTensor) or isinstance(w, DTensor):
         local = localize(x, w)
         y = local_linear(local.x, local.w, key, recipe, backend, local.shards, *kept)
@@ -119,6 +122,7 @@ def local_linear(
     shards: GemmShards | None = None,
     weight_amax: torch.Tensor | None = None,
     requantize: bool = False,
+    kept_weight: KeptWeight | None = None,
 ) -> torch.Tensor:
     """`linear` of local tensors, checked ones, which are the parts of a whole that `shards` says.
 
@@ -131,6 +135,7 @@ def local_linear(
         shards: None where x and w are whole.
         weight_amax: fp32 (), amax of the whole weight in its own dtype where it is known.
         requantize: Keep w for backward and not its codes.
+        kept_weight: As `linear` has it.
 
     Returns:
         (..., N).
@@ -139,8 +144,13 @@ def local_linear(
     grads = (grad and x.requires_grad, grad and w.requires_grad)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     options = (None, key, recipe, backend, grads, shards, weight_amax, requantize)
-    y = QuantizedGemm.apply(flat, w, *options)
+    y = QuantizedGemm.apply(flat, w, *options, *kept_tensors(kept_weight, x))
     return y.view(*x.shape[:-1], w.shape[0])
+
+
+def kept_tensors(kept: KeptWeight | None, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """What the GEMM of x takes of a KeptWeight: nothing where it was made for another dtype."""
+    return kept.tensors if kept is not None and kept.dtype == x.dtype else ()
 
 
 class NVFP4Linear(nn.Linear):
@@ -155,10 +165,14 @@ class NVFP4Linear(nn.Linear):
         backend: The Backend.
         key: int64 CPU scalar, the SR key of this layer.
         weight_amaxes: {"weight": fp32 ()} where amaxes are tracked (`track_weights`), else {}.
+        kept_weights: {"weight": KeptWeight} where operands are kept (`track_weights`), else None.
         requantize: As `linear` has it.
+        being_observed: Whether an Observer wants to see its weight quantized.
     """
 
     requantize = False
+    kept_weights = None
+    being_observed = False
 
     def __init__(
         self,
@@ -200,6 +214,7 @@ class NVFP4Linear(nn.Linear):
     def change_recipe(self, change: Callable[[Recipe], Recipe]) -> None:
         """Run in change(recipe) from now on."""
         self.recipe = change(self.recipe)
+        self.kept_weights = None if self.kept_weights is None else {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N); see `linear`."""
@@ -212,6 +227,7 @@ class NVFP4Linear(nn.Linear):
             key=self.key,
             weight_amax=self.weight_amaxes.get("weight"),
             requantize=self.requantize,
+            kept_weight=(self.kept_weights or {}).get("weight"),
         )
 
     def extra_repr(self) -> str:

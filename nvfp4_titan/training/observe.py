@@ -81,6 +81,9 @@ class Observer:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Observe every GEMM of the converted weights meanwhile."""
+        modules = {site.module for site in self._sites}
+        for module in modules:
+            module.being_observed, module.kept_weights = True, None
         for site in self._sites:
             site.attach()
         try:
@@ -88,6 +91,8 @@ class Observer:
         finally:
             for site in self._sites:
                 site.detach()
+            for module in modules:
+                module.being_observed = False
 
     def take(self) -> dict[Key, list[float]]:
         """The sums since the last call, of this rank; reading them waits for the device."""

@@ -1,14 +1,20 @@
-"""What is known of a model's weights between optimizer steps: amaxes, and how FSDP gathers them.
+"""What is known of a model's weights between optimizer steps: amaxes, operands, FSDP's gathers.
 
 `track_weights` hooks the model's forward. Its first forward, then each optimizer step, takes the
 amaxes of all converted weights in one sweep (`distributed.weights`); the microbatches that follow,
 validation included, find them. With `fp4_all_gather` FSDP gathers weights in codes
 (`distributed.fp4_gather`).
 
+With `keep_weights` weights are quantized once an optimizer step too, by the first forward after it:
+microbatches, recomputed forwards and pipeline schedules' many calls use the same operands. Weights
+that FSDP shards are left out (whole operands would undo the sharding); gathered in codes, their
+shards' codes are kept.
+
 Every rank must find amaxes stale at the same point, so staleness is told, not found out: by
 `refresh_weights` (after an optimizer step), by `invalidate_weights` (after writing weights by hand)
 and by the model's `load_state_dict`. After a step they are taken at once and not at the next
-forward: pipeline schedules of several stages gather weights before that.
+forward: pipeline schedules of several stages gather weights before that. Kept operands of a weight
+that no rank shares are also made anew where the weight was written and nobody told.
 """
 
 import logging
@@ -17,10 +23,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..distributed import ShardedWeight, fsdp_records, weight_amaxes
 from ..distributed.fp4_gather import Known, attach, obstacle
 from .experts import WrappingExperts
+from .functions import KeptWeight
 from .linear import NVFP4Linear
 
 _STATE = "_nvfp4_weights"
@@ -32,13 +40,17 @@ class _State:
     """Of a model whose weights are tracked."""
 
     fp4_all_gather: bool
+    keep_weights: bool
     fresh: bool = False
     weights: list[ShardedWeight] = field(default_factory=list)
     reported: bool = False
     known: Known = field(default_factory=Known)
+    versions: list[int] = field(default_factory=list)
 
 
-def track_weights(model: nn.Module, *, fp4_all_gather: bool = False) -> None:
+def track_weights(
+    model: nn.Module, *, fp4_all_gather: bool = False, keep_weights: bool = False
+) -> None:
     """Take the amaxes of a converted model's weights once per optimizer step.
 
     Call on the model whose forward is called, before or after sharding; copies (pipeline stages)
@@ -47,8 +59,11 @@ def track_weights(model: nn.Module, *, fp4_all_gather: bool = False) -> None:
     Args:
         model: From `convert`.
         fp4_all_gather: Have FSDP2 gather weights in codes and scales where it can.
+        keep_weights: Keep weights' operands from an optimizer step to the next: 0.56 bytes per
+            element of a weight, or 2 where the backend multiplies bf16 values; per element of a
+            shard where FSDP gathers codes.
     """
-    setattr(model, _STATE, _State(fp4_all_gather))
+    setattr(model, _STATE, _State(fp4_all_gather, keep_weights))
     model.register_forward_pre_hook(_before_forward)
     model.register_load_state_dict_post_hook(_after_load)
 
@@ -75,10 +90,11 @@ def _after_load(model: nn.Module, incompatible_keys) -> None:
 
 def _before_forward(model: nn.Module, args) -> None:
     state = getattr(model, _STATE)
-    if state.fresh:
-        return
-    state.weights = state.weights or converted_weights(model)
-    _refresh(state)
+    if not state.fresh or _written(state):
+        state.weights = state.weights or converted_weights(model)
+        _refresh(state)
+    if state.keep_weights:
+        _keep(state)
 
 
 def _refresh(state: _State) -> None:
@@ -87,12 +103,61 @@ def _refresh(state: _State) -> None:
             known = weight.module.weight_amaxes
             # In place: compiled graphs and gathered weights hold the tensor.
             known[weight.name] = known[weight.name].copy_(amax) if weight.name in known else amax
+    state.known.epoch += 1
     if torch.cuda.is_available() and state.weights and state.weights[0].device.type == "cuda":
         # FSDP quantizes shards on a stream of its own.
         state.known.record()
+    for module in {weight.module for weight in state.weights}:
+        if module.kept_weights is not None:
+            module.kept_weights = {}
     if state.fp4_all_gather:
         _gather_quantized(state)
+    state.versions = _versions(state)
     state.fresh = True
+
+
+def _versions(state: _State) -> list[int]:
+    """How often the weights were written, of those that no rank shares.
+
+    Of others a rank that sees a change alone would wait for the rest.
+    """
+    own = [w.parameter for w in state.weights if w.fsdp is None and not w.groups()]
+    return [(p._local_tensor if isinstance(p, DTensor) else p)._version for p in own]
+
+
+def _written(state: _State) -> bool:
+    return state.keep_weights and _versions(state) != state.versions
+
+
+def _keep(state: _State) -> None:
+    """Quantize the weights whose operands are kept and not there."""
+    for weight in state.weights:
+        module, name = weight.module, weight.name
+        if weight.fsdp is not None or module.being_observed:
+            continue
+        if module.kept_weights is None:
+            module.kept_weights = {}
+        if name in module.kept_weights:
+            continue
+        recipe, backend = module.recipes()[name]
+        local, amax = weight.local, module.weight_amaxes[name]
+        with torch.inference_mode(False), torch.no_grad():
+            # None too is remembered: that there is nothing to keep.
+            module.kept_weights[name] = (
+                KeptWeight.of(local, recipe, backend, _compute_dtype(weight), amax)
+                if local.is_contiguous()
+                else None
+            )
+
+
+def _compute_dtype(weight: ShardedWeight) -> torch.dtype:
+    """Dtype that the forward which begins multiplies a weight in."""
+    if weight.experts and getattr(weight.module, "use_grouped_mm", False):
+        return torch.bfloat16  # torchtitan casts to it
+    local = weight.local
+    if torch.is_autocast_enabled(local.device.type):
+        return torch.get_autocast_dtype(local.device.type)
+    return local.dtype
 
 
 def converted_weights(model: nn.Module) -> list[ShardedWeight]:
@@ -114,7 +179,8 @@ def _gather_quantized(state: _State) -> None:
         recipe, backend = weight.module.recipes()[weight.name]
         reason = obstacle(weight, recipe)
         if reason is None:
-            attach(weight, weight.module.weight_amaxes, recipe, backend, state.known)
+            kept = {} if state.keep_weights else None
+            attach(weight, weight.module.weight_amaxes, recipe, backend, state.known, kept)
         else:
             fqn = weight.fsdp and weight.fsdp._param_fqn
             left[reason].append(fqn or weight.name)

@@ -1,6 +1,7 @@
 """How cuBLAS is called, without one: a stand-in that multiplies as its documentation says."""
 
 import ctypes
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -36,30 +37,32 @@ def test_arguments_describe_the_gemm(a_transposed, b_transposed):
 
 
 class Library:
-    """Modes of a handle, as cuBLAS keeps them."""
+    """Notes calls; its GEMM fails."""
 
     def __init__(self):
-        self.modes = {"PointerMode": 0, "MathMode": 3}
-        for name in self.modes:
-            suffix = "_v2" if name == "PointerMode" else ""
-            setattr(self, f"cublasGet{name}{suffix}", lambda _, out, n=name: self.get(n, out))
-            setattr(self, f"cublasSet{name}{suffix}", lambda _, mode, n=name: self.put(n, mode))
+        self.calls = []
 
-    def get(self, name, out):
-        out.value = self.modes[name]
+    def cublasSetMathMode(self, handle, mode):  # noqa: N802
+        self.calls.append(("math", mode))
         return 0
 
-    def put(self, name, mode):
-        self.modes[name] = mode
+    def cublasSetPointerMode_v2(self, handle, mode):  # noqa: N802
+        self.calls.append(("pointer", mode))
         return 0
 
+    def cublasGemmEx(self, *args):  # noqa: N802
+        self.calls.append(("gemm", len(args)))
+        return 13
 
-def test_modes_are_restored_when_the_call_fails():
+
+def test_the_pointer_mode_is_restored_when_the_call_fails(monkeypatch):
     library = Library()
-    with pytest.raises(ValueError), cublas._modes(library, 0):
-        assert library.modes == {"PointerMode": 1, "MathMode": 16}
-        raise ValueError
-    assert library.modes == {"PointerMode": 0, "MathMode": 3}
+    monkeypatch.setattr(cublas, "library", lambda: library)
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    with pytest.raises(RuntimeError, match="cublasGemmEx failed with cuBLAS status 13"):
+        cublas.gemm(*torch.ones(2, 2, 2), False, False, (2, 2, 2), torch.ones(2), torch.float32)
+    assert library.calls == [("math", 16), ("pointer", 1), ("gemm", 19), ("pointer", 0)]
 
 
 def test_a_failing_call_raises():

@@ -86,3 +86,76 @@ def test_a_key_is_asked_for_only_where_something_is_random():
     graph = make_fx(lambda x, w: linear(x, w, backend=TRITON, key=key_tensor(0, "a")))(x, w).graph
     quantized = [n for n in graph.nodes if "quantize" in str(n.target)]
     assert len(quantized) == 2 and all(node.args[5] is None for node in quantized)
+
+
+class Compiled:
+    """Stands for what Triton compiles: notes what it is launched with."""
+
+    launched = []
+
+    def __getitem__(self, grid):
+        return lambda *args: self.launched.append((self, grid, args))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_a_launch_is_compiled_once_for_each_alignment(monkeypatch):
+    from nvfp4_titan.backends import triton_call
+
+    class Kernel:
+        arg_names = ["x", "y", "n", "C"]
+        compilations = 0
+
+        def __getitem__(self, grid):
+            def compile_and_launch(*args, **options):
+                self.compilations += 1
+                return Compiled()
+
+            return compile_and_launch
+
+    monkeypatch.setattr(triton_call, "_compiled", {})
+    monkeypatch.setattr(triton_call.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(Compiled, "launched", [])
+    kernel, storage = Kernel(), torch.zeros(64)
+    launch = triton_call.Launch(kernel, 7, {"C": 128}, num_warps=4)
+    aligned, shifted = storage[:32], storage[1:33]
+    for x in (aligned, aligned, shifted, shifted, aligned):
+        launch(x, None, 5)
+    assert kernel.compilations == 2 and len(Compiled.launched) == 3
+    first, second, third = Compiled.launched
+    assert first[0] is third[0] is not second[0]
+    assert all(grid == (7, 1, 1) and args[2:] == (5, 128) for _, grid, args in Compiled.launched)
+    # Other sizes that Triton does not compile apart share what is compiled.
+    triton_call.Launch(kernel, 9, {"C": 128}, num_warps=4)(aligned, None, 7)
+    assert kernel.compilations == 2 and Compiled.launched[-1][1] == (9, 1, 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_plans_start_over_when_they_are_many(monkeypatch):
+    from nvfp4_titan.backends.triton_call import Plans
+
+    monkeypatch.setattr(Plans, "MOST", 2)
+    plans = Plans()
+    for key in range(3):
+        assert plans.get((key,)) is None and plans.make((key,), str, key) == str(key)
+    assert list(plans) == [(2,)]
+
+
+def test_experts_that_read_the_same_tokens_share_their_codes_when_compiled():
+    x = torch.empty(32, 32, device="meta", requires_grad=True)
+    w1, w3 = (torch.empty(2, 48, 32, device="meta", requires_grad=True) for _ in range(2))
+    offs = torch.empty(2, dtype=torch.int32, device="meta")
+
+    keys = [key_tensor(0, name) for name in ("w1", "w3")]
+
+    def step(x, w1, w3, offs):
+        gate, up = (
+            grouped_mm(x, w.mT, offs, backend=TRITON, key=key)
+            for w, key in zip((w1, w3), keys, strict=True)
+        )
+        return torch.autograd.grad((gate.sigmoid() * up).sum(), (x, w1, w3))
+
+    graph = make_fx(step)(x, w1, w3, offs).graph
+    merged = fx_graph_cse(graph)
+    # x twice or once, w1, w3, dy of each.
+    assert count(graph, "triton_quantize") == 6 and count(merged, "triton_quantize") == 5
+    assert count(graph, "triton_unpack") == 2 and count(merged, "triton_unpack") == 1

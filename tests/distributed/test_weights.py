@@ -28,7 +28,8 @@ from nvfp4_titan.training import NVFP4Linear, refresh_weights, track_weights
 from nvfp4_titan.training.experts import WrappingExperts
 
 DIM, HIDDEN, EXPERTS, STEPS = 64, 96, 4, 3
-VARIANTS = ("plain", "tracked", "gathered", "requantized", "offloaded", "compiled")
+VARIANTS = ("plain", "tracked", "gathered", "kept", "requantized", "offloaded", "compiled")
+GATHERED = ("gathered", "kept", "offloaded", "compiled")
 
 
 class Experts(nn.Module):
@@ -85,7 +86,8 @@ def build(variant, mesh):
         fully_shard(part, **policy)
         part.set_force_sum_reduction_for_comms(True)
     if variant != "plain":
-        track_weights(model, fp4_all_gather=variant in ("gathered", "offloaded", "compiled"))
+        keep = variant in ("kept", "offloaded")
+        track_weights(model, fp4_all_gather=variant in GATHERED, keep_weights=keep)
     return model
 
 
@@ -130,6 +132,8 @@ def all_variants(rank, device):
             found[f"{variant} bytes"] = gathered.bytes
         if variant == "gathered":
             check_gathered(model)
+        if variant == "kept":
+            check_kept(model, device)
         if variant == "tracked":
             check_loading(model, device)
     found["amaxes"] = amaxes_of_two_axes(device)
@@ -150,6 +154,24 @@ def check_gathered(model):
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=True)
     assert all(type(v) is torch.Tensor for v in loaded.values())
+
+
+def check_kept(model, device):
+    """A shard is quantized once, though gathered again; whole operands of shards are not kept."""
+    shards = [
+        record.sharded_param._local_tensor
+        for record in fsdp_records(model).values()
+        if isinstance(record.sharded_param._local_tensor, QuantizingShard)
+    ]
+    x = torch.randn(32, DIM, device=device)
+    model(x)
+    before = [dict(shard.gather.kept) for shard in shards]
+    assert shards and all(len(kept) == 1 for kept in before)
+    model(x)
+    for shard, kept in zip(shards, before, strict=True):
+        (when, tensors) = next(iter(kept.items()))
+        assert shard.gather.kept[when] is tensors
+    assert not any(module.kept_weights for module in model.modules() if hasattr(module, "key"))
 
 
 def check_loading(model, device):

@@ -45,9 +45,11 @@ def test_alpha_keeps_its_range():
 
 
 @needs_loops
-def test_grouped():
-    offs = torch.tensor([5, 5, 22], dtype=torch.int32)
-    x, w, dy = tensors((24, 20), (3, 16, 20), (24, 16), dtype=torch.bfloat16)
+@pytest.mark.parametrize(("n", "k"), [(16, 20), (32, 32)], ids=["masked", "whole tiles"])
+def test_grouped(n, k):
+    # More tiles than the interpreter's three programs; one group is longer than a tile.
+    offs = torch.tensor([5, 5, 40], dtype=torch.int32)
+    x, w, dy = tensors((42, k), (3, n, k), (42, n), dtype=torch.bfloat16)
     check_gemms(x, w, dy, "cpu", TOLERANCES["bf16_output"], offs)
 
 

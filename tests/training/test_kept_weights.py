@@ -1,0 +1,216 @@
+"""Weights quantized once an optimizer step: the same bits, less work, nothing stale."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nvfp4_titan import convert
+from nvfp4_titan.recipe import RECIPES
+from nvfp4_titan.training import (
+    NVFP4Linear,
+    grouped_mm,
+    linear,
+    refresh_weights,
+    track_weights,
+)
+from nvfp4_titan.training.functions import KeptWeight
+from nvfp4_titan.training.observe import Observer
+
+DIM, HIDDEN, EXPERTS = 32, 48, 4
+SHAPES = {(HIDDEN, DIM), (DIM, HIDDEN), (EXPERTS, HIDDEN, DIM), (EXPERTS, DIM, HIDDEN)}
+QUANTIZE = {"nvfp4_titan::reference_quantize", "nvfp4_titan::reference_quantize_experts"}
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_experts, self.use_grouped_mm = EXPERTS, True
+        self.w1 = nn.Parameter(torch.randn(EXPERTS, HIDDEN, DIM) / 8)
+        self.w2 = nn.Parameter(torch.randn(EXPERTS, DIM, HIDDEN) / 8)
+        self.run = run_experts
+
+    def forward(self, x, offs):
+        return self.run(self.w1, self.w2, x, offs)
+
+
+def run_experts(w1, w2, x, offs):
+    h = torch._grouped_mm(x.bfloat16(), w1.bfloat16().transpose(-2, -1), offs=offs).relu()
+    return torch._grouped_mm(h, w2.bfloat16().transpose(-2, -1), offs=offs).type_as(x)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(DIM, HIDDEN)
+        self.down = nn.Linear(HIDDEN, DIM)
+        self.experts = Experts()
+
+    def forward(self, x, offs):
+        x = x + self.down(self.up(x).relu())
+        return x + self.experts(x, offs)
+
+
+class Weights(TorchDispatchMode):
+    """Counts how often a weight is quantized."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.name() in QUANTIZE and tuple(args[0].shape) in SHAPES
+        return func(*args, **(kwargs or {}))
+
+
+def build(keep=True, recipe="nvfp4", compiled=False):
+    torch.manual_seed(0)
+    model = Model()
+    convert(model, recipe=recipe, bf16_last_fraction=0, backend="reference")
+    track_weights(model, keep_weights=keep)
+    if compiled:  # as torchtitan: blocks, and experts' function apart from its module
+        options = {"backend": "aot_eager", "fullgraph": True}
+        for module in (model.up, model.down):
+            module.compile(**options)
+        model.experts.run = torch.compile(run_experts, **options)
+    return model
+
+
+def batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    offs = torch.tensor([3, 3, 20, 40], dtype=torch.int32)
+    return torch.randn(40, DIM, generator=generator), offs
+
+
+def train(model, steps=2, microbatches=2, autocast=False, tell=True):
+    """Outputs and gradients of all microbatches."""
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for step in range(steps):
+        for i in range(microbatches):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = model(*batch(10 * step + i))
+            y.float().square().mean().backward()
+            seen.append(y.detach())
+        seen += [p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+        if tell:
+            refresh_weights(model)
+    return seen
+
+
+def equal(a, b):
+    return all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_mxfp8", "nvfp4_bf16", "bf16_nvfp4", "mxfp8"])
+def test_bits_are_those_of_quantizing_each_time(recipe):
+    assert equal(train(build(recipe=recipe)), train(build(False, recipe)))
+
+
+def test_each_weight_is_quantized_once_a_step():
+    for keep, expected in ((True, 2 * 4), (False, 2 * 2 * 4)):
+        model = build(keep)
+        with Weights() as weights:
+            train(model, autocast=True)
+        assert weights.count == expected
+
+
+def test_autocast_and_compile():
+    torch._dynamo.reset()
+    expected = train(build(False, compiled=True), autocast=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert equal(train(build(compiled=True), autocast=True), expected)
+    # One graph a module: new operands in the next step compile nothing.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    torch._dynamo.reset()
+
+
+def test_a_written_weight_is_quantized_again_though_nobody_tells():
+    expected = train(build(False))
+    assert equal(train(build(), tell=False), expected)
+    model, other = build(), build(False)
+    for m in (model, other):
+        m(*batch(0))
+        with torch.no_grad():
+            m.experts.w2.mul_(3)
+            m.up.weight[0, 0] = 9
+    other._nvfp4_weights.fresh = False
+    assert torch.equal(model(*batch(1)), other(*batch(1)))
+
+
+def test_loaded_weights_are_quantized_anew():
+    model, other = build(), build(False)
+    state = {name: 2 * t for name, t in model.state_dict().items()}
+    model(*batch(0))
+    model.load_state_dict(state)
+    other.load_state_dict(state)
+    assert torch.equal(model(*batch(1)), other(*batch(1)))
+
+
+def test_a_changed_recipe_gets_its_own_operands():
+    model, other = build(), build(False)
+    for m in (model, other):
+        m(*batch(0))
+        for module in (m.up, m.down, m.experts):
+            module.change_recipe(lambda recipe: RECIPES["mxfp8"])
+    assert torch.equal(model(*batch(1)), other(*batch(1)))
+
+
+def test_operands_of_another_dtype_are_not_used():
+    model, other = build(), build(False)
+    for m in (model, other):
+        m(*batch(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(*batch(1)), other(*batch(1)))
+
+
+def test_an_observer_sees_weights_quantized():
+    figures = []
+    for keep in (True, False):
+        model = build(keep)
+        observer = Observer([model])
+        model(*batch(0))
+        with observer.attached():
+            y = model(*batch(1))
+            y.square().mean().backward()
+        figures.append(observer.take())
+        assert torch.equal(model(*batch(1)), y)
+    assert figures[0] == figures[1] and ("up.weight", "fprop/w", -1) in figures[0]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_experts_stored_the_other_way_use_no_operands_of_theirs(turned):
+    # A model may store (E, K, N): what is kept of it has its blocks along the other dim.
+    class Turned(Experts):
+        def forward(self, x, offs):
+            w = self.w1.bfloat16()
+            return torch._grouped_mm(x.bfloat16(), w if turned else w.transpose(-2, -1), offs=offs)
+
+    outputs = []
+    for keep in (True, False):
+        torch.manual_seed(1)
+        module = nn.Module()
+        module.experts = Turned()
+        module.experts.w1 = nn.Parameter(torch.randn(EXPERTS, DIM, DIM) * 2)
+        module.forward = lambda x, offs, experts=module.experts: experts(x, offs)
+        recipe = RECIPES["nvfp4"].switched(weights_2d=False)
+        convert(module, recipe=recipe, bf16_last_fraction=0, backend="reference")
+        track_weights(module, keep_weights=keep)
+        outputs.append(module(*batch(0)))
+    assert torch.equal(*outputs)
+
+
+def test_what_is_kept_is_counted():
+    w = torch.randn(64, 32)
+    backend = NVFP4Linear(32, 64, backend="reference").backend
+    kept = KeptWeight.of(w, RECIPES["nvfp4"], backend, torch.float32, w.abs().amax())
+    held = sum(t.nbytes for t in kept.tensors if t is not None)
+    assert held <= 0.5625 * w.numel() + 4
+    x = torch.randn(16, 32)
+    options = {"backend": backend, "kept_weight": kept}
+    assert torch.equal(linear(x, torch.zeros_like(w), **options), linear(x, w, backend=backend))
+    assert not linear(x.bfloat16(), torch.zeros_like(w).bfloat16(), **options).any()
+    offs = torch.tensor([16], dtype=torch.int32)
+    experts = KeptWeight.of(w[None], RECIPES["nvfp4"], backend, torch.float32, w.abs().amax()[None])
+    y = grouped_mm(x, torch.zeros(1, 32, 64), offs, backend=backend, kept_weight=experts)
+    assert torch.equal(y, linear(x, w, backend=backend))
