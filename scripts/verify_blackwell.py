@@ -26,9 +26,10 @@ def main(stand_in: bool = False, output: Path | None = None) -> int:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     target = Target.current(stand_in)
-    checks = verify(target)
+    print("Rows as they are found (minutes: kernels are compiled), then the report.", flush=True)
+    checks = verify(target, announce=lambda row: print(row, flush=True))
     text = report(target, checks, commit)
-    print(text, end="")
+    print(f"\n{text}", end="")
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text)

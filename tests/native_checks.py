@@ -49,12 +49,12 @@ def _defined(codes, scale, offs, columns):
     return parts
 
 
-def check_native_gemms(backend, x, w, dy, device, tolerance, offs=None) -> None:
+def check_native_gemms(backend, x, w, dy, device, tolerance, offs=None, recipe="nvfp4") -> None:
     """All three GEMMs equal the reference's within a tolerance (relative Frobenius)."""
 
     def run(backend, device, dtype):
         def function(x, w):
-            options = {"backend": backend, "key": KEY}
+            options = {"recipe": recipe, "backend": backend, "key": KEY}
             if offs is None:
                 return linear(x, w, **options)
             return grouped_mm(x, w.transpose(1, 2), offs.to(device), **options)

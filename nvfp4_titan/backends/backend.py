@@ -51,6 +51,18 @@ class OperandUse:
     values: bool = False
 
 
+def streams_and_key(
+    rows: OperandUse | None, cols: OperandUse | None, key: torch.Tensor | None
+) -> tuple[list[int], torch.Tensor | None]:
+    """SR streams of two uses, 0 for None, and the layer's key if one of them needs it.
+
+    Without the key, calls on one tensor are the same call: compilers merge them.
+    """
+    uses = (rows, cols)
+    keyed = any(use and use.format.rounding == "sr" for use in uses)
+    return [use.stream if use else 0 for use in uses], key if keyed else None
+
+
 class Unavailable(Protocol):
     """Tells whether a backend runs here."""
 

@@ -22,7 +22,7 @@ import torch
 
 from ..numerics import QuantizedOperand
 from . import native_ops as ops
-from .backend import Backend, GemmOp, Operands, OperandUse
+from .backend import Backend, GemmOp, Operands, OperandUse, streams_and_key
 from .native_layout import from_oracle
 from .reference import REFERENCE
 from .triton import TRITON
@@ -44,11 +44,7 @@ def _quantize(
     amax: torch.Tensor | None = None,
     offset: tuple[int, int] = (0, 0),
 ) -> Operands:
-    uses = (rows, cols)
-    # Without the layer's key, calls on one tensor are the same call: compilers merge them.
-    keyed = any(use and use.format.rounding == "sr" for use in uses)
-    streams = [use.stream if use else 0 for use in uses]
-    key = key if keyed else None
+    streams, key = streams_and_key(rows, cols, key)
     outputs = ops.quantize(
         t, offs, _spec(rows), _spec(cols), streams, key, amax, list(offset), mode
     )

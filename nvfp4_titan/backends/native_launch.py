@@ -3,25 +3,24 @@
 from functools import cache
 
 import torch
-import triton
 
 from ..formats import BLOCK
 from ..numerics.grouped import padded_rows
-from ..recipe import OperandFormat
 from .native_layout import PAD, operand_shapes, padded_size
 from .native_quantize import _native_quantize_kernel
 from .native_transpose import _clear_tail_kernel, _transpose_kernel
-from .triton_call import EXACT
+from .triton_call import cdiv, launch, next_power_of_2
 from .triton_launch import (
     MAX_COLUMNS,
     Slots,
-    Use,
     _flat,
+    _use_constants,
     _warps,
     _words,
     amax_triton,
     ptx_level,
 )
+from .triton_ops import _use
 
 HARDWARE_SR = ((10, 0), (10, 3))
 """Capabilities whose cvt.rs makes E2M1: ptxas refuses it for sm_110a, sm_120a and sm_121a."""
@@ -44,20 +43,12 @@ def levels(device: torch.device, conversions: str) -> tuple[int, bool]:
     return 100, conversions == "hardware" and capability in HARDWARE_SR
 
 
-def use_of(spec: str) -> Use | None:
-    """What a kernel is told of an operand format; None for ""."""
-    if not spec:
-        return None
-    fmt = OperandFormat.parse(spec)
-    return Use(fmt.block[0] != 1, fmt.rounding == "sr", fmt.rht, packed=True, values=False)
-
-
 def _tile_columns(size: int) -> int:
-    return max(PAD, min(MAX_COLUMNS, triton.next_power_of_2(size)))
+    return max(PAD, min(MAX_COLUMNS, next_power_of_2(size)))
 
 
-def _grid(blocks: int, size: int, columns: int) -> tuple[int]:
-    return (blocks * triton.cdiv(padded_size(size), columns),)
+def _programs(blocks: int, size: int, columns: int) -> int:
+    return blocks * cdiv(padded_size(size), columns)
 
 
 def _empty(t: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, ragged: bool):
@@ -96,7 +87,7 @@ def quantize_native(
         native_layout.py (empty where unused), and amaxes (2, E) fp32.
     """
     slots = Slots.of(t.shape, offs)
-    uses = use_of(rows), use_of(cols)
+    uses = [_use(spec and spec + "/p") for spec in (rows, cols)]
     if amax is None:
         amaxes = amax_triton(t, slots, *uses)
     else:
@@ -113,34 +104,19 @@ def quantize_native(
     flat = _flat(t)
     columns = _tile_columns(slots.columns)
     blocks = _blocks(slots, groups)
-    flags = {}
-    for name, use in zip(("ROW", "COL"), uses, strict=True):
-        flags[name] = use is not None
-        for field in ("square", "sr", "rht"):
-            flags[f"{name}_{field.upper()}"] = use is not None and getattr(use, field)
-    level, hardware_sr = levels(t.device, conversions)
     dtypes = (torch.int16, torch.uint8, torch.int64, torch.uint8)
     pointers = [o.view(d) if o.numel() else o for o, d in zip(outputs, dtypes, strict=True)]
-    _native_quantize_kernel[_grid(blocks, slots.columns, columns)](
-        flat,
-        flat.stride(0),
-        offs,
-        amaxes,
-        *pointers,
-        slots.rows,
-        slots.columns,
-        slots.groups,
-        *offset,
-        *streams,
-        *_words(key),
-        GROUPS=0 if offs is None else slots.groups_bound,
-        **flags,
-        ROUND=t.dtype != torch.bfloat16,
-        HARDWARE_SR=hardware_sr,
-        C=columns,
-        PTX=level,
+    constants = {"GROUPS": 0 if offs is None else slots.groups_bound, **_use_constants(*uses)}
+    constants |= {"ROUND": t.dtype != torch.bfloat16, "C": columns}
+    constants |= dict(zip(("PTX", "HARDWARE_SR"), levels(t.device, conversions), strict=True))
+    names = _native_quantize_kernel.arg_names
+    sizes = (slots.rows, slots.columns, slots.groups)
+    launch(
+        _native_quantize_kernel,
+        _programs(blocks, slots.columns, columns),
+        (flat, flat.stride(0), offs, amaxes, *pointers, *sizes, *offset, *streams, *_words(key)),
+        {name: constants[name] for name in names if name in constants},
         num_warps=_warps(columns),
-        **EXACT,
     )
     return outputs, amaxes
 
@@ -168,17 +144,13 @@ def transpose_native(
     if codes.numel():
         experts = outer[0] if outer else 1
         columns = _tile_columns(size)
-        _transpose_kernel[_grid(experts * padded_size(rows) // BLOCK, size, columns)](
-            codes,
-            scale.view(torch.uint8),
-            new_codes.view(torch.int64),
-            new_scale.view(torch.uint8),
-            rows,
-            size,
-            experts,
-            C=columns,
+        scales = scale.view(torch.uint8), new_scale.view(torch.uint8)
+        launch(
+            _transpose_kernel,
+            _programs(experts * padded_size(rows) // BLOCK, size, columns),
+            (codes, scales[0], new_codes.view(torch.int64), scales[1], rows, size, experts),
+            {"C": columns},
             num_warps=_warps(columns),
-            **EXACT,
         )
     return new_codes, new_scale
 
@@ -187,6 +159,7 @@ def clear_tail_native(y: torch.Tensor, offs: torch.Tensor) -> None:
     """Zero the rows of y (M, N) that belong to no group."""
     if y.numel():
         rows, width = y.shape
-        columns = min(1024, triton.next_power_of_2(width))
-        grid = (rows, triton.cdiv(width, columns))
-        _clear_tail_kernel[grid](y, offs, width, offs.shape[0], C=columns)
+        constants = {"C": min(1024, next_power_of_2(width))}
+        programs = rows * cdiv(width, constants["C"])
+        arguments = (y, offs, width, offs.shape[0])
+        launch(_clear_tail_kernel, programs, arguments, constants, num_warps=4)

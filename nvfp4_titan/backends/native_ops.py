@@ -11,8 +11,6 @@ native_layout.py. `mode` says how an op runs:
 """
 
 from functools import cache
-from importlib import import_module
-from types import ModuleType
 
 import torch
 
@@ -31,16 +29,12 @@ from .native_gemm import (
 from .native_layout import from_oracle, operand_shapes, slot_ends
 from .native_standin import STAND_IN
 from .reference import REFERENCE
+from .registration import fake_of, functional_op
+from .triton_ops import _groups, _module
 
 _T = torch.Tensor
 CONVERSIONS = {"hardware": "hardware", "software_sr": "software_sr", "stand_in": "portable"}
 """Modes, and the conversions that their kernels use (native_launch.levels)."""
-
-
-@cache
-def _module(name: str) -> ModuleType:
-    """A module of kernels, imported when first needed."""
-    return import_module(f".{name}", __package__)
 
 
 def runs_kernels(device: torch.device, mode: str) -> bool:
@@ -70,11 +64,7 @@ def _gemms(mode: str) -> Gemms:
     return STAND_IN if mode == "stand_in" else TORCH
 
 
-def _amax_shape(t: torch.Tensor, offs: torch.Tensor | None) -> tuple[int, ...]:
-    return (2, *(t.shape[:-2] if offs is None else offs.shape))
-
-
-@torch.library.custom_op("nvfp4_titan::native_quantize", mutates_args=())
+@functional_op("native_quantize")
 def quantize(
     t: torch.Tensor,
     offs: torch.Tensor | None,
@@ -90,7 +80,7 @@ def quantize(
 
     Codes and scales of the row use and of the column use, and the amaxes of both.
     """
-    shape = _amax_shape(t, offs)
+    shape = (2, *_groups(t, offs))
     if runs_kernels(t.device, mode):
         seed = 0 if key is None else int(key)
         options = (amax, tuple(offset), CONVERSIONS[mode])
@@ -118,7 +108,7 @@ def _nothing(t: torch.Tensor) -> list[torch.Tensor]:
     return [t.new_empty(0, dtype=dtype) for dtype in (torch.uint8, torch.float8_e4m3fn)]
 
 
-@quantize.register_fake
+@fake_of("native_quantize")
 def _(t, offs, rows, cols, streams, key, amax, offset, mode):
     groups = None if offs is None else offs.shape[0]
     outputs = []
@@ -129,10 +119,10 @@ def _(t, offs, rows, cols, streams, key, amax, offset, mode):
         codes, scale = operand_shapes(t.shape, groups, columns=i == 1)
         outputs.append(t.new_empty(codes, dtype=torch.uint8))
         outputs.append(t.new_empty(scale, dtype=torch.float8_e4m3fn))
-    return (*outputs, t.new_empty(_amax_shape(t, offs), dtype=torch.float32))
+    return (*outputs, t.new_empty((2, *_groups(t, offs)), dtype=torch.float32))
 
 
-@torch.library.custom_op("nvfp4_titan::native_transpose", mutates_args=())
+@functional_op("native_transpose")
 def transpose(codes: torch.Tensor, scale: torch.Tensor, size: int, mode: str) -> tuple[_T, _T]:
     """The operand of w.T (.., size, Np / 2) from that of w (.., N, Kp / 2), of square blocks."""
     if runs_kernels(codes.device, mode):
@@ -140,7 +130,7 @@ def transpose(codes: torch.Tensor, scale: torch.Tensor, size: int, mode: str) ->
     return transposed_by_oracle(codes, scale, size)
 
 
-@transpose.register_fake
+@fake_of("native_transpose")
 def _(codes, scale, size, mode):
     new_codes, new_scale = operand_shapes(torch.Size((*codes.shape[:-1], size)), None, True)
     return codes.new_empty(new_codes), scale.new_empty(new_scale)
@@ -162,11 +152,13 @@ def transposed_by_oracle(
     new_scale = plain[::16, : -(-size // 16)].repeat_interleave(16, dim=1)[:, :size].T
     new_scale = torch.nn.functional.pad(new_scale, (0, width // 8 - new_scale.shape[1]))
     new_codes = unpack_codes(codes)[:, :size].T
-    new_codes = torch.nn.functional.pad(new_codes, (0, 2 * width - rows)).contiguous()
+    new_codes = torch.nn.functional.pad(new_codes, (0, 2 * width - rows))
+    # Not contiguous(): that leaves a single row's strides as they are.
+    new_codes = new_codes.clone(memory_format=torch.contiguous_format)
     return pack_codes(new_codes), to_blocked(new_scale).view(scale.dtype)
 
 
-@torch.library.custom_op("nvfp4_titan::native_mm", mutates_args=())
+@functional_op("native_mm")
 def mm(
     a_codes: torch.Tensor,
     a_scale: torch.Tensor,
@@ -186,12 +178,12 @@ def mm(
     return y[:, :n].contiguous()
 
 
-@mm.register_fake
+@fake_of("native_mm")
 def _(a_codes, a_scale, a_amax, b_codes, b_scale, b_amax, out_dtype, mode):
     return a_codes.new_empty((a_codes.shape[0], b_codes.shape[0]), dtype=out_dtype)
 
 
-@torch.library.custom_op("nvfp4_titan::native_grouped_mm", mutates_args=())
+@functional_op("native_grouped_mm")
 def grouped_mm(
     a_codes: torch.Tensor,
     a_scale: torch.Tensor,
@@ -217,12 +209,12 @@ def grouped_mm(
     return y
 
 
-@grouped_mm.register_fake
+@fake_of("native_grouped_mm")
 def _(a_codes, a_scale, a_amax, b_codes, b_scale, b_amax, offs, out_dtype, mode):
     return a_codes.new_empty((a_codes.shape[0], b_codes.shape[1]), dtype=out_dtype)
 
 
-@torch.library.custom_op("nvfp4_titan::native_grouped_wgrad", mutates_args=())
+@functional_op("native_grouped_wgrad")
 def grouped_wgrad(
     dy_codes: torch.Tensor,
     dy_scale: torch.Tensor,
@@ -242,7 +234,7 @@ def grouped_wgrad(
     return dw[..., :k].contiguous()
 
 
-@grouped_wgrad.register_fake
+@fake_of("native_grouped_wgrad")
 def _(dy_codes, dy_scale, dy_amax, x_codes, x_scale, x_amax, offs, out_dtype, mode):
     shape = (offs.shape[0], dy_codes.shape[0], x_codes.shape[0])
     return dy_codes.new_empty(shape, dtype=out_dtype)

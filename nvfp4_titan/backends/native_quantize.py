@@ -25,11 +25,10 @@ from .triton_codes import e2m1
 from .triton_layout import below, group_bounds, load_tile, padded, pick, tile_as_bf16
 from .triton_quantize import COUNTERS, amax_of_blocks, spread
 from .triton_rounding import (
-    bf16_mantissa,
     bits,
     block_scales,
     number,
-    philox,
+    random_words,
     rht_columns,
     rht_rows,
     round_bf16,
@@ -172,11 +171,7 @@ def write_rows(
     first_row,
     end,
     scale_row,
-    counter_row,
-    counter_block,
-    stream,
-    key_low,
-    key_high,
+    counters,
     column,
     width,
     SQUARE: tl.constexpr,
@@ -201,6 +196,7 @@ def write_rows(
         codes_ptr: int16, (R, Kp / 4).
         scale_ptr: uint8, blocked.
         scale_row: Row of the tile's first in the scales.
+        counters: Row and block of the tile's first in SR counters, stream, halves of the key.
         width: Kp / 16.
     """
     blocks = column // 16 + tl.arange(0, C // 16)
@@ -225,9 +221,9 @@ def write_rows(
             code, _, encode = block_scales(block_amax, scales, True, PTX)
         word = 0
         if SR:
-            mantissas = bf16_mantissa(block_amax) | (bf16_mantissa(bits(amax)) << 7)
-            block = counter_block + tl.arange(0, C // 16)
-            w = philox(counter_row + i, block, mantissas, stream, key_low, key_high)
+            row_counter, first_block, stream, key_low, key_high = counters
+            position = row_counter + i, first_block + tl.arange(0, C // 16)
+            w = random_words(*position, block_amax, amax, stream, key_low, key_high)
             quarter = tl.arange(0, C // 4) & 3
             low = tl.where(quarter == 0, quarters(w[0], C), quarters(w[1], C))
             high = tl.where(quarter == 2, quarters(w[2], C), quarters(w[3], C))
@@ -253,11 +249,7 @@ def write_columns(
     slot_block,
     block,
     width,
-    counter_row,
-    counter_block,
-    stream,
-    key_low,
-    key_high,
+    counters,
     column,
     K,
     SQUARE: tl.constexpr,
@@ -293,9 +285,9 @@ def write_columns(
     code, _, encode = block_scales(block_amax, scales, True, PTX)
     words = (0, 0, 0, 0)
     if SR:
-        mantissas = bf16_mantissa(block_amax) | (bf16_mantissa(bits(amax)) << 7)
-        row = counter_row + tl.arange(0, C)
-        words = philox(row, counter_block, mantissas, stream, key_low, key_high)
+        row_counter, block_counter, stream, key_low, key_high = counters
+        row = row_counter + tl.arange(0, C)
+        words = random_words(row, block_counter, block_amax, amax, stream, key_low, key_high)
     packed = ()
     for i in tl.static_range(4):
         four = codes_of_four(
@@ -392,11 +384,13 @@ def _native_quantize_kernel(
             start + block * 16,
             end,
             tiles + block * 16,
-            first_row + block * 16,
-            first_column // 16 + column // 16,
-            row_stream,
-            key_low,
-            key_high,
+            (
+                first_row + block * 16,
+                first_column // 16 + column // 16,
+                row_stream,
+                key_low,
+                key_high,
+            ),
             column,
             width,
             ROW_SQUARE,
@@ -427,11 +421,7 @@ def _native_quantize_kernel(
             code_block,
             block,
             tl.where(needed, blocks, 0),
-            first_column + column,
-            first_row // 16 + block,
-            col_stream,
-            key_low,
-            key_high,
+            (first_column + column, first_row // 16 + block, col_stream, key_low, key_high),
             column,
             K,
             COL_SQUARE,

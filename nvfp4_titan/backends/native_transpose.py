@@ -67,9 +67,10 @@ def _transpose_kernel(
 @triton.jit
 def _clear_tail_kernel(y_ptr, offs_ptr, columns, num_groups, C: tl.constexpr):
     """Zero the rows of no group, a part of a row a program; of other rows nothing is touched."""
-    row = tl.program_id(0)
+    parts = tl.cdiv(columns, C)
+    row = tl.program_id(0) // parts
     if row < tl.load(offs_ptr + num_groups - 1):
         return
-    index = tl.program_id(1) * C + tl.arange(0, C)
+    index = tl.program_id(0) % parts * C + tl.arange(0, C)
     zero = tl.zeros((C,), y_ptr.dtype.element_ty)
     tl.store(y_ptr + row.to(tl.int64) * columns + index, zero, mask=index < columns)

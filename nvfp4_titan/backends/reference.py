@@ -6,14 +6,12 @@ from ..numerics import QuantizedOperand
 from ..recipe import FORMATS
 from . import reference_grouped_ops as grouped_ops
 from . import reference_ops as ops
-from .backend import Backend, GemmOp, Operands, OperandUse
+from .backend import Backend, GemmOp, Operands, OperandUse, streams_and_key
 
 
-def _specs(*uses: OperandUse | None) -> tuple[list[str], list[int], bool]:
-    """Formats and SR streams as the ops take them, and whether any use needs the key."""
-    specs = [str(use.format) if use else "" for use in uses]
-    streams = [use.stream if use else 0 for use in uses]
-    return specs, streams, any(use and use.format.rounding == "sr" for use in uses)
+def _specs(*uses: OperandUse | None) -> list[str]:
+    """Formats as the ops take them."""
+    return [str(use.format) if use else "" for use in uses]
 
 
 def _quantize(
@@ -25,9 +23,8 @@ def _quantize(
     amax: torch.Tensor | None = None,
     offset: tuple[int, int] = (0, 0),
 ) -> Operands:
-    specs, streams, keyed = _specs(rows, cols)
-    # Without the layer's key, calls on one tensor are the same call: compilers merge them.
-    key = key if keyed else None
+    specs = _specs(rows, cols)
+    streams, key = streams_and_key(rows, cols, key)
     sizes = t.shape[-1], t.shape[-2]
     if t.dim() == 3:
         outputs = grouped_ops.quantize_experts_op(t, *specs, streams, key, amax, list(offset))
@@ -61,7 +58,7 @@ def _amax(
     cols: OperandUse | None,
     offs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    specs = _specs(rows, cols)[0]
+    specs = _specs(rows, cols)
     if t.dim() == 3 or offs is not None:
         return grouped_ops.grouped_amax(t, offs, *specs)
     return ops.amax(t, *specs)

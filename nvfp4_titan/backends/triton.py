@@ -17,7 +17,7 @@ import torch
 from ..numerics import QuantizedOperand
 from ..recipe import FORMATS
 from . import triton_ops as ops
-from .backend import Backend, GemmOp, Operands, OperandUse
+from .backend import Backend, GemmOp, Operands, OperandUse, streams_and_key
 
 _INSTALLED = find_spec("triton") is not None
 # Triton reads it on import, so that it cannot change later.
@@ -41,13 +41,8 @@ def _quantize(
     amax: torch.Tensor | None = None,
     offset: tuple[int, int] = (0, 0),
 ) -> Operands:
-    uses = (rows, cols)
-    # Without the layer's key, calls on one tensor are the same call: compilers merge them.
-    keyed = any(use and use.format.rounding == "sr" for use in uses)
-    streams = [use.stream if use else 0 for use in uses]
-    outputs = ops.quantize(
-        t, offs, _spec(rows), _spec(cols), streams, key if keyed else None, amax, list(offset)
-    )
+    streams, key = streams_and_key(rows, cols, key)
+    outputs = ops.quantize(t, offs, _spec(rows), _spec(cols), streams, key, amax, list(offset))
     amaxes = outputs[6]
     row_operand = _operand(rows, outputs[:3], amaxes[0], t.shape[-1])
     # Stored tokens first; an operand has its contraction last.

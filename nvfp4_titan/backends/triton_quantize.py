@@ -32,9 +32,8 @@ from .triton_layout import (
 from .triton_mxfp8 import e4m3_codes, e4m3_values, mxfp8_decode, mxfp8_scales
 from .triton_rounding import (
     MAGNITUDE_BITS,
-    bf16_mantissa,
     bits,
-    philox,
+    random_words,
     rht_columns,
     rht_rows,
     round_bf16,
@@ -75,12 +74,12 @@ def load_amax(amax_ptr, group, needed, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def counter_mantissas(block_amax, amax, FORMAT: tl.constexpr):
-    """What SR counters hold of amaxes: of blocks (int32 bits) and of the tensor (fp32), if any."""
+def counted_amax(amax, FORMAT: tl.constexpr):
+    """What SR counters take for the tensor's amax: 0 where there is no scale per tensor."""
     if FORMAT.tensor_scale:
-        return bf16_mantissa(block_amax) | (bf16_mantissa(bits(amax)) << 7)
+        return amax
     else:
-        return bf16_mantissa(block_amax)
+        return tl.zeros((), tl.float32)
 
 
 @triton.jit
@@ -171,9 +170,9 @@ def quantize_rows(
         )
         word, byte = 0, 0
         if SR:
-            mantissas = counter_mantissas(block_amax, amax, FORMAT)
             position = counter_row + row, counter_block + block
-            words = philox(*position, mantissas, stream, key_low, key_high)
+            counted = counted_amax(amax, FORMAT)
+            words = random_words(*position, block_amax, counted, stream, key_low, key_high)
             word, byte = words_of_elements(words, SIZE), tl.arange(0, SIZE) & 3
         lanes = e2m1(x, spread(encode, SIZE), word, byte, SR, PACKED, PTX)
     rows = end - first_row
@@ -265,9 +264,9 @@ def quantize_columns(
         )
         words = (0, 0, 0, 0)
         if SR:
-            mantissas = counter_mantissas(block_amax, amax, FORMAT)
-            row = counter_row + tl.arange(0, C)
-            words = philox(row, counter_block, mantissas, stream, key_low, key_high)
+            position = counter_row + tl.arange(0, C), counter_block
+            counted = counted_amax(amax, FORMAT)
+            words = random_words(*position, block_amax, counted, stream, key_low, key_high)
         factor = gemm_factor_bits(value, gemm_factor(amax, FORMAT.encode_max))
     start = slot_block.to(tl.int64) * K
     values_start = values_ptr + start * BLOCK + columns

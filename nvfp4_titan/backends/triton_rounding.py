@@ -245,6 +245,23 @@ def bf16_mantissa(amax_bits):
 
 
 @triton.jit
+def random_words(row, block, block_amax, amax, stream, key_low, key_high):
+    """Four uint32 words for the 16 elements of each block: `philox` with their mantissas.
+
+    Args:
+        row: int32, the blocks' row in SR counters.
+        block: int32, their block in SR counters.
+        block_amax: int32 bits of their amaxes.
+        amax: fp32 scalar, of the tensor.
+        stream: See philox.
+        key_low: See philox.
+        key_high: See philox.
+    """
+    mantissas = bf16_mantissa(block_amax) | (bf16_mantissa(bits(amax)) << 7)
+    return philox(row, block, mantissas, stream, key_low, key_high)
+
+
+@triton.jit
 def philox(row, block, mantissas, stream, key_low, key_high):
     """Philox4x32-7: four uint32 words for each block of 16, a byte per element.
 

@@ -6,22 +6,28 @@ proves that the checks work, and of the hardware nothing.
 
     operands   RTNE codes and block scales equal the oracle's bit for bit; software SR's do, too
     SR         frequency of rounding up against the position between two codes; same key, same codes
-    GEMMs      against float64 of the same operands, plain and grouped
+    GEMMs      against float64 of the same operands; grouped ones against plain ones of each group
     training   50 steps of a small model against the emulated backend
     speed      quantize kernels as a share of a copy, GEMMs as a share of the FP4 peak; on a GPU
+
+A check that ends in an error has failed, and the others still run.
 """
 
 import platform
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 from torch import nn
 
 from ..backends import BACKENDS, Backend, OperandUse
 from ..backends.native import NATIVE, NATIVE_SOFTWARE_SR, STAND_IN, refusal
+from ..backends.native_gemm import grouped_refusal
 from ..backends.native_layout import from_oracle
-from ..errors import UnsupportedError
 from ..numerics import QuantizedOperand, dequantize
 from ..numerics.rounding import unpack_codes
 from ..recipe import OperandFormat
@@ -41,12 +47,41 @@ STEPS = 50
 
 @dataclass(frozen=True)
 class Check:
-    """One check: what, what was found, what was expected; None where it was not run."""
+    """One check: what, what was found, what was expected; None where it was not judged."""
 
     name: str
     found: str
     bar: str
     passed: bool | None
+    details: str = ""
+    """Traceback of an error."""
+
+    def row(self) -> str:
+        """A row of the report's table."""
+        word = {True: "pass", False: "FAIL", None: "-"}[self.passed]
+        cells = (self.name, self.found, self.bar, word)
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+@cache
+def _failures() -> tuple[type[Exception], ...]:
+    """What torch's and Triton's calls raise where they cannot do what they are asked."""
+    errors = (RuntimeError, ValueError, TypeError, AssertionError)
+    if find_spec("triton"):
+        from triton.errors import TritonError
+
+        errors += (TritonError,)
+    return errors
+
+
+def _attempt(name: str, function: Callable[[], list[Check]]) -> list[Check]:
+    """The checks that a function makes; one that failed where it ends in an error."""
+    try:
+        return function()
+    except _failures() as error:
+        line = next(iter(str(error).splitlines()), "")
+        found = f"{type(error).__name__}: {line}"[:300]
+        return [Check(name, found, "no error", False, traceback.format_exc())]
 
 
 @dataclass(frozen=True)
@@ -172,32 +207,38 @@ def check_gemms(target: Target) -> list[Check]:
 
 def check_grouped_gemms(target: Target) -> list[Check]:
     """Experts, forward and backward, against linears of each group's tokens on the same record."""
-    backend, device, k, n = target.record(NATIVE_SOFTWARE_SR), target.device, 256, 144
-    sizes = (130, 0, 5, 165)
+    reason = target.capability and not target.stand_in and grouped_refusal(target.capability)
+    if reason:
+        return [Check("grouped GEMMs", f"not run: {reason}", "-", None)]
+    checks = []
+    for gemm in ("fprop", "dgrad", "wgrad"):
+        name = f"grouped GEMM, {gemm}"
+        checks += _attempt(name, lambda gemm=gemm, name=name: [_grouped_check(target, gemm, name)])
+    return checks
+
+
+def _grouped_check(target: Target, gemm: str, name: str) -> Check:
+    device, k, n, sizes = target.device, 256, 144, (130, 0, 5, 165)
     offs = torch.tensor(sizes, device=device).cumsum(0).to(torch.int32)
-    x, w, dy = (_normal(*s, device=device) for s in ((304, k), (4, n, k), (304, n)))
-    x, w = x.requires_grad_(), w.requires_grad_()
-    options = {"backend": backend, "key": KEY}
-    try:
-        y = grouped_mm(x, w.mT, offs, **options)
-        got = (y, *torch.autograd.grad(y, (x, w), dy))
-    except UnsupportedError as error:
-        return [Check("grouped GEMMs", str(error), "run", False)]
+    x, w, dy = (_normal(*s, device=device) for s in ((304, k), (len(sizes), n, k), (304, n)))
+    options = {"backend": target.record(NATIVE_SOFTWARE_SR), "key": KEY}
+    mine = _result(gemm, lambda x, w: grouped_mm(x, w.mT, offs, **options), x, w, dy)
     parts, start = [], 0
     for e, size in enumerate(sizes):
         rows = slice(start, start := start + size)
-        part = linear(x[rows], w[e], **options)
-        parts.append((part, *torch.autograd.grad(part, (x, w), dy[rows])))
-    wanted = (
-        torch.cat([part for part, _, _ in parts]),
-        sum(dx for _, dx, _ in parts),
-        sum(dw for _, _, dw in parts),
-    )
-    names = ("fprop", "dgrad", "wgrad")
-    return [
-        _gemm_check(f"grouped GEMM, {name}", mine[: len(other)], other)
-        for name, mine, other in zip(names, got, wanted, strict=True)
-    ]
+        part = _result(gemm, lambda x, w: linear(x, w, **options), x[rows], w[e], dy[rows])
+        parts.append(part)
+    wanted = torch.stack(parts) if gemm == "wgrad" else torch.cat(parts)
+    return _gemm_check(name, mine[: len(wanted)], wanted)
+
+
+def _result(gemm: str, function: Callable, x, w, dy) -> torch.Tensor:
+    """Of function(x, w): y, or dx or dw, each from a backward of that GEMM alone."""
+    x, w = (t.detach().requires_grad_(gemm == g) for t, g in ((x, "dgrad"), (w, "wgrad")))
+    y = function(x, w)
+    if gemm == "fprop":
+        return y
+    return torch.autograd.grad(y, x if gemm == "dgrad" else w, dy)[0]
 
 
 def _exact(operand: QuantizedOperand) -> torch.Tensor:
@@ -297,33 +338,51 @@ def check_speed(target: Target) -> list[Check]:
     return checks
 
 
-CHECKS: tuple[Callable[[Target], list[Check]], ...] = (
-    check_operands,
-    check_stochastic_rounding,
-    check_gemms,
-    check_grouped_gemms,
-    check_training,
-    check_speed,
-)
+CHECKS: dict[str, Callable[[Target], list[Check]]] = {
+    "operands": check_operands,
+    "SR": check_stochastic_rounding,
+    "GEMMs": check_gemms,
+    "training": check_training,
+    "speed": check_speed,
+    # Last: the youngest of torch's GEMMs, and a crash of a kernel fails all that comes after it.
+    "grouped GEMMs": check_grouped_gemms,
+}
 
 
-def verify(target: Target) -> list[Check]:
-    """All checks on a target."""
-    return [check for function in CHECKS for check in function(target)]
+def verify(target: Target, announce: Callable[[str], None] = lambda row: None) -> list[Check]:
+    """All checks on a target.
+
+    Args:
+        target: What to verify.
+        announce: Called with each row of the report as it is found.
+    """
+    checks = []
+    for name, function in CHECKS.items():
+        for check in _attempt(name, lambda function=function: function(target)):
+            announce(check.row())
+            checks.append(check)
+    return checks
 
 
 def report(target: Target, checks: list[Check], commit: str) -> str:
     """Markdown to paste into an issue."""
     what = "STAND-INS: nothing here is about the hardware" if target.stand_in else "native"
     capability = "-" if target.capability is None else "sm_{}{}".format(*target.capability)
+    triton = version("triton") if find_spec("triton") else "none"
+    judged = [check for check in checks if check.passed is not None]
+    failed = [check.name for check in judged if not check.passed]
     lines = [
         f"verify_blackwell: {target.name} ({capability}), {what}",
-        f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python "
+        f"torch {torch.__version__}, CUDA {torch.version.cuda}, triton {triton}, Python "
         f"{platform.python_version()}, nvfp4_titan {commit}",
+        f"{len(judged) - len(failed)} of {len(judged)} checks passed"
+        + (f"; failed: {'; '.join(failed)}" if failed else ""),
         "",
         "| check | found | bar | |",
         "|---|---|---|---|",
+        *(check.row() for check in checks),
     ]
-    words = {True: "pass", False: "FAIL", None: "-"}
-    lines += [f"| {c.name} | {c.found} | {c.bar} | {words[c.passed]} |" for c in checks]
+    for check in checks:
+        if check.details:
+            lines += ["", f"{check.name}:", "", "```", check.details.rstrip(), "```"]
     return "\n".join(lines) + "\n"

@@ -5,6 +5,9 @@ one; `per_op_sac_force_recompute_mm_shapes_by_fqns` names mms by their weight's 
 ops to the models' lists would save all of them and miss the shapes, so the policy is shown an
 aten.mm wherever one of our GEMMs runs. Grouped GEMMs are on none of torchtitan's lists, so neither
 are ours. The attention of a CPU is shown as a GPU's, which the lists name.
+
+FSDP gathers experts inside the checkpointed block, where they were not gathered ahead: other
+operations when the block runs again, which torch 2.13 refuses. Its hooks are kept out of the count.
 """
 
 from functools import wraps
@@ -12,6 +15,8 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+from torch.utils import _python_dispatch as dispatch
 from torch.utils import checkpoint
 from torchtitan.distributed import activation_checkpoint
 
@@ -20,11 +25,32 @@ from ..backends import BACKENDS
 aten = torch.ops.aten
 _create_contexts = checkpoint.create_selective_checkpoint_contexts
 _apply_op_sac = activation_checkpoint._apply_op_sac
+_COUNTING = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
+_HOOKS = {name: getattr(FSDPState, name) for name in ("_pre_forward", "_post_forward")}
 
 
 def install() -> None:
-    """Let torchtitan's op-level selective checkpointing save NVFP4 GEMMs; once or more."""
+    """Let op-level selective checkpointing save NVFP4 GEMMs and pass over FSDP; once or more.
+
+    Before the model is sharded.
+    """
     activation_checkpoint._apply_op_sac = _apply_op_sac_seeing_gemms
+    for name, hook in _HOOKS.items():
+        setattr(FSDPState, name, _uncounted(hook))
+
+
+def _uncounted(hook):
+    """FSDP's hook of a module, its operations not counted among those of a checkpointed block."""
+
+    @torch.compiler.disable
+    @wraps(hook)
+    def run(*args, **kwargs):
+        if isinstance(dispatch._get_current_dispatch_mode(), _COUNTING):
+            with dispatch._pop_mode_temporarily():
+                return hook(*args, **kwargs)
+        return hook(*args, **kwargs)
+
+    return run
 
 
 @wraps(_apply_op_sac)

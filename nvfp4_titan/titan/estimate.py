@@ -17,7 +17,7 @@ Needs no GPU and must see none: torchtitan then takes the CPU for its device.
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -25,21 +25,19 @@ from unittest.mock import patch
 import torch
 from torch import distributed, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fsdp_state
 from torch.distributed.tensor import DTensor
 from torchtitan.config import JobConfig
-from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.expert_parallel import ExpertParallel
 from torchtitan.distributed.utils import get_train_context, maybe_enable_amp
 from torchtitan.models.moe import utils as moe_utils
-from torchtitan.protocols.model_converter import build_model_converters
-from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
+from torchtitan.protocols.train_spec import BaseModelArgs, get_train_spec
 
 from ..distributed import fsdp_records
 from ..distributed.fp4_gather import obstacle
-from ..errors import ConfigError, UnsupportedError
+from ..errors import UnsupportedError
 from ..training.weights import converted_weights
 from . import activation_checkpoint, cpu_runtime
+from .sharding import model_args, parallel_dims, sharded_model
 from .tracking import Tracker
 from .trainer import parse
 
@@ -151,10 +149,11 @@ def estimate(job_config: JobConfig, world_size: int) -> Estimate:
 
 
 def _traced(job_config: JobConfig, world_size: int) -> Estimate:
-    dims = _parallel_dims(job_config, world_size)
+    dims = parallel_dims(job_config, world_size)
     spec, training = get_train_spec(job_config.model.name), job_config.training
+    activation_checkpoint.install()
     with _balanced_experts():
-        model = _sharded_model(job_config, spec, dims)
+        model, _ = sharded_model(job_config, dims, _traceable_args(job_config))
         less = _fp4_savings(model)
         with ExitStack() as stack:
             # torchtitan compiles a function of experts for the whole process once any job asks.
@@ -189,37 +188,15 @@ def _traced(job_config: JobConfig, world_size: int) -> Estimate:
     )
 
 
-def _parallel_dims(job_config: JobConfig, world_size: int) -> ParallelDims:
-    p = job_config.parallelism
-    try:
-        return ParallelDims(
-            dp_shard=p.data_parallel_shard_degree,
-            dp_replicate=p.data_parallel_replicate_degree,
-            cp=p.context_parallel_degree,
-            tp=p.tensor_parallel_degree,
-            pp=p.pipeline_parallel_degree,
-            ep=p.expert_parallel_degree,
-            etp=p.expert_tensor_parallel_degree,
-            world_size=world_size,
-        )
-    except AssertionError as error:
-        raise ConfigError(f"the degrees do not fit {world_size} ranks: {error}") from error
-
-
-def _sharded_model(job_config: JobConfig, spec: TrainSpec, dims: ParallelDims) -> nn.Module:
-    """The model on meta, converted and parallelized as torchtitan's trainer does."""
-    args = copy.deepcopy(spec.model_args[job_config.model.flavor])
-    args.update_from_config(job_config)
+def _traceable_args(job_config: JobConfig) -> BaseModelArgs:
+    """Arguments of the model as it is on a Hopper GPU, with attention that can be traced."""
+    args = model_args(job_config)
     if hasattr(args, "moe_args"):
         # Switched off where no Hopper GPU is.
         args.moe_args.use_grouped_mm = True
     if getattr(args, "attn_type", "sdpa") != "sdpa":
         args.attn_type = "sdpa"  # its masks need tokens; it keeps as much for backward
-    with torch.device("meta"):
-        model = spec.model_cls(args)
-    build_model_converters(job_config, dims).convert(model)
-    activation_checkpoint.install()
-    return spec.parallelize_fn(model, dims, job_config)
+    return args
 
 
 @contextmanager
@@ -238,9 +215,6 @@ def _balanced_experts() -> Iterator[None]:
             return dispatch(self, module, inputs, mesh)
 
     with (
-        # Experts that FSDP wraps apart make other profiler entries when a block is recomputed.
-        patch.object(_fsdp_param_group, "record_function", lambda name: nullcontext()),
-        patch.object(_fsdp_state.torch.profiler, "record_function", lambda name: nullcontext()),
         patch.object(moe_utils, "generate_permute_indices", shapes),
         patch.object(ExpertParallel, "_token_dispatch", even_dispatch),
     ):

@@ -1,6 +1,5 @@
 """torchtitan's Trainer on any device: early checks, what the CPU needs, the run's record."""
 
-import copy
 import os
 import pickle
 import zlib
@@ -14,19 +13,19 @@ from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 from torchtitan.train import main as torchtitan_main
 
 from ..errors import ConfigError, DivergedError
 from ..training.schedule import FormatSchedule
-from . import cpu_runtime, record
+from . import activation_checkpoint, cpu_runtime, record
 from .checkpoints import choose_step
 from .checks import check
 from .converter import check_gathers, convert_by_settings, schedule, switches
 from .numerics_log import NumericsLog
 from .qat import prepare_by_settings
+from .sharding import meta_model
 from .stopping import StopRequest
 from .validate import prepare_validator
 
@@ -48,6 +47,7 @@ class NVFP4Trainer(Trainer):
         check(job_config, _world_size(job_config, int(os.environ["WORLD_SIZE"])))
         if os.environ["RANK"] == "0":
             record.clear(job_config)
+        activation_checkpoint.install()
         converted = "nvfp4" in job_config.model.converters
         if converted:
             job_config.nvfp4.trainer_knows_step = True
@@ -202,11 +202,7 @@ def preflight(argv: list[str], world_size: int) -> JobConfig:
     job_config = parse(argv)
     check(job_config, _world_size(job_config, world_size))
     if {"nvfp4", "qat"} & set(job_config.model.converters):
-        spec = get_train_spec(job_config.model.name)
-        args = copy.deepcopy(spec.model_args[job_config.model.flavor])
-        args.update_from_config(job_config)
-        with torch.device("meta"):
-            model = spec.model_cls(args)
+        model = meta_model(job_config)
         if "qat" in job_config.model.converters:
             prepare_by_settings(model, job_config.qat)
         else:

@@ -162,7 +162,7 @@ def test_native_operands_are_the_oracles_in_torchaos_layout(rows, columns, fmt):
         assert torch.equal(dequantize(mine), dequantize(wanted))
 
 
-@pytest.mark.parametrize("shape", [(130, 100), (3, 33, 20)])
+@pytest.mark.parametrize("shape", [(130, 100), (3, 33, 20), (128, 1)])
 def test_native_transposed_weights_are_those_of_the_transposed_weight(shape):
     w = draw(shape, torch.bfloat16)
     (plain, _), (expected, _) = (

@@ -14,11 +14,13 @@ CPU = Target("CPU", "cpu", True, None)
 
 
 def test_blackwell_verification_passes_with_the_stand_ins():
-    checks = blackwell.verify(CPU)
+    rows = []
+    checks = blackwell.verify(CPU, announce=rows.append)
     assert {check.passed for check in checks if check.name != "speed"} == {True}
+    assert rows == [check.row() for check in checks]
     text = blackwell.report(CPU, checks, "abc")
     assert "STAND-INS: nothing here is about the hardware" in text and "FAIL" not in text
-    assert len({line.count("|") for line in text.splitlines()[3:]}) == 1  # a table
+    assert len({line.count("|") for line in text.splitlines()[4:]}) == 1  # a table
 
 
 class Faulty(Target):
@@ -64,8 +66,31 @@ def test_blackwell_verification_names_a_torch_without_grouped_gemms(monkeypatch)
         raise UnsupportedError("this build of torch has no grouped NVFP4 GEMM")
 
     monkeypatch.setattr(blackwell, "grouped_mm", missing)
-    (check,) = blackwell.check_grouped_gemms(CPU)
-    assert check.passed is False and "no grouped NVFP4 GEMM" in check.found
+    checks = blackwell.check_grouped_gemms(CPU)
+    assert len(checks) == 3
+    for check in checks:
+        assert check.passed is False and "no grouped NVFP4 GEMM" in check.found
+
+
+def test_blackwell_verification_does_not_judge_grouped_gemms_where_torch_has_none():
+    (check,) = blackwell.check_grouped_gemms(Target("RTX", "cuda", False, (12, 0)))
+    assert check.passed is None and "no FP4 for sm_120" in check.found
+
+
+def test_blackwell_verification_reports_an_error_and_goes_on(monkeypatch):
+    def changed(target):
+        raise TypeError("scaled_mm() got an unexpected keyword argument 'swizzle_a' | 2\nmore")
+
+    good = blackwell.Check("good", "1", "1", True)
+    monkeypatch.setattr(blackwell, "CHECKS", {"changed": changed, "after": lambda target: [good]})
+    checks = blackwell.verify(CPU)
+    assert [check.passed for check in checks] == [False, True]
+    text = blackwell.report(CPU, checks, "abc")
+    assert "1 of 2 checks passed; failed: changed\n" in text
+    assert (
+        "| changed | TypeError: scaled_mm() got an unexpected keyword argument 'swizzle_a'" in text
+    )
+    assert "Traceback" in text and "more" in text  # all of it, below the table
 
 
 def test_blackwell_roofline_by_hand():

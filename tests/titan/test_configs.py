@@ -1,6 +1,5 @@
 """Every TOML of train_configs/ parses, and its model builds, converts and shards on meta."""
 
-import copy
 import re
 from pathlib import Path
 
@@ -32,33 +31,14 @@ def parse(path: Path, *argv: str):
 
 
 def test_builds_converts_and_shards(config, tmp_path):
-    from torchtitan.distributed import ParallelDims
-    from torchtitan.protocols.model_converter import build_model_converters
-    from torchtitan.protocols.train_spec import get_train_spec
+    from nvfp4_titan.titan.sharding import parallel_dims, sharded_model
 
     world_size = WORLD_SIZE.get(config.stem, 1)
     job = parse(config, f"--job.dump_folder={tmp_path}")
-    parallelism = job.parallelism
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
-        dims = ParallelDims(
-            dp_shard=parallelism.data_parallel_shard_degree,
-            dp_replicate=parallelism.data_parallel_replicate_degree,
-            cp=parallelism.context_parallel_degree,
-            tp=parallelism.tensor_parallel_degree,
-            pp=parallelism.pipeline_parallel_degree,
-            ep=parallelism.expert_parallel_degree,
-            etp=parallelism.expert_tensor_parallel_degree,
-            world_size=world_size,
-        )
-        spec = get_train_spec(job.model.name)
-        args = copy.deepcopy(spec.model_args[job.model.flavor])
-        args.update_from_config(job)
-        with torch.device("meta"):
-            model = spec.model_cls(args)
-        converters = build_model_converters(job, dims)
+        model, converters = sharded_model(job, parallel_dims(job, world_size))
         [converter] = converters.converters
-        converters.convert(model)
         kept = [fqn for fqn in converter.report.kept if fqn.endswith("attention.wo")]
         comment = re.search(r"= (\d+) blocks? here", config.read_text())
         assert len(kept) == int(comment.group(1))
@@ -66,7 +46,6 @@ def test_builds_converts_and_shards(config, tmp_path):
         if job.model.name == "deepseek_v3":
             experts = [e for e in converter.report.entries if e.kind == "experts"]
             assert experts and sum(e.converted for e in experts) > 0.5 * len(experts)
-        model = spec.parallelize_fn(model, dims, job)
         if world_size > 1:
             assert isinstance(model, FSDPModule)
             local = sum(p.to_local().numel() for p in model.parameters())

@@ -1,20 +1,23 @@
 """Triton reads TRITON_INTERPRET on import: tests/backends/test_interpreter.py runs these."""
 
 import os
-import sys
+
+import pytest
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
-elif sys.platform == "linux":
+
+
+@pytest.fixture(autouse=True)
+def helpers_do_not_patch_triton_again(monkeypatch):
+    """The launch has patched triton.language; again at every call would be half of the time."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    patch_and_call = InterpretedFunction.__call__
+    patching = InterpretedFunction.__call__
 
-    def call_from_a_kernel(self, *args, **kwargs):
-        # The interpreter patches triton.language once more for every function that a kernel calls:
-        # half of its time. Ours see what the kernel's own start has patched; Triton's do not.
-        if self.fn.__module__.startswith("triton."):
-            return patch_and_call(self, *args, **kwargs)
+    def call(self, *args, **kwargs):
+        if self.fn.__module__.startswith("triton."):  # its own see another module
+            return patching(self, *args, **kwargs)
         return self.rewrite()(*args, **kwargs)
 
-    InterpretedFunction.__call__ = call_from_a_kernel
+    monkeypatch.setattr(InterpretedFunction, "__call__", call)
