@@ -20,7 +20,7 @@ def main(output: Path = Path("outputs/bench_linear"), modelopt: bool = True) -> 
 
     Args:
         output: Path of the results, without a suffix.
-        modelopt: Compare with ModelOpt's fake-quant kernel too (pip install nvidia-modelopt==0.47.0).
+        modelopt: Compare with ModelOpt's fake-quant kernel too (nvidia-modelopt 0.47).
     """
     try:
         require_gpu()

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tyro
 
-from nvfp4_titan.convergence.archive import pack, unpack
+from nvfp4_titan.convergence.archive import pack_finished, unpack
 from nvfp4_titan.convergence.check import Found, Plan, read_all, run_all, verdicts
 from nvfp4_titan.convergence.launch import OutOfTime
 from nvfp4_titan.convergence.variants import parse_variant
@@ -86,7 +86,8 @@ def main(argv: list[str]) -> int:
         try:
             found = run_all(plan, arguments.time_limit) if arguments.launch else read_all(plan)
         finally:
-            _pack(arguments)
+            if packed := pack_finished(arguments.runs, arguments.pack):
+                print(packed)
         if not arguments.report:
             return NOT_PASSED if found.errors else 0
         return _report(arguments, plan, found)
@@ -109,17 +110,6 @@ def _report(arguments: Arguments, plan: Plan, found: Found) -> int:
     result = verdicts(plan, found, limits)
     print(write_report(arguments.output, plan, found, result, limits, arguments.commit))
     return 0 if passed(result) else NOT_PASSED
-
-
-def _pack(arguments: Arguments) -> None:
-    if arguments.pack is None:
-        return
-    folders = sorted(arguments.runs.iterdir()) if arguments.runs.is_dir() else []
-    try:
-        names = pack(folders, arguments.pack)
-        print(f"{arguments.pack}: {', '.join(names)}")
-    except UserError as error:
-        print(f"{error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,31 @@
 """Compare recipes on a TOML of yours: scripts/compare_recipes.py CONFIG --output results/name
 
 Runs one job per recipe and writes OUTPUT.json, OUTPUT.png and the table to OUTPUT.md. Interrupted,
-it goes on when called again. NGPU=8 gives each job 8 processes; options after -- go to every job:
-scripts/compare_recipes.py train_configs/llama3_150m.toml --output o -- --training.steps 1000
+by Ctrl-C, SIGTERM or --time-limit, it goes on when called again, in the middle of a run. --pack
+writes the finished runs into one file, --take reads such files. NGPU=8 gives each job 8 processes;
+options after -- go to every job:
+
+    scripts/compare_recipes.py train_configs/llama3_150m.toml --output o -- --training.steps 1000
+
+Exit status: 0 the table is whole; 1 a run failed; 2 a setting that cannot be used; 3 the time limit
+came first.
 """
 
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from nvfp4_titan.convergence.recipes import ROWS, format_table, run_rows, table
-from nvfp4_titan.convergence.results import write_results
+from nvfp4_titan.convergence.archive import pack_finished, unpack
+from nvfp4_titan.convergence.check import Found, Plan, run_all
+from nvfp4_titan.convergence.launch import OutOfTime
+from nvfp4_titan.convergence.recipes import ROWS, format_table, table
+from nvfp4_titan.convergence.variants import parse_variant
 from nvfp4_titan.errors import UserError
+
+FAILED, USAGE, OUT_OF_TIME, INTERRUPTED = 1, 2, 3, 130
 
 
 @dataclass
@@ -26,22 +38,64 @@ class Arguments:
     output: Path
     """Path of the results, without a suffix."""
     rows: tuple[str, ...] = ROWS
-    """Recipes; bf16 is the control, fp8 torchtitan's own float8."""
+    """Recipes, or variants as check_convergence.py takes them; bf16, the control, comes first; fp8
+    is torchtitan's own float8."""
     runs: Path = Path("outputs/compare_recipes")
     """Folder of the jobs' dump folders."""
+    seed: int = 0
+    """Of weights and stochastic rounding."""
+    time_limit: float | None = None
+    """Seconds after which the run in flight is saved and stopped (allow half a minute for it)."""
+    checkpoint_interval: int = 500
+    """Steps between checkpoints."""
+    pack: Path | None = None
+    """Write the finished runs into this .tar.gz, however far the comparison got."""
+    take: tuple[Path, ...] = ()
+    """Archives of --pack to take finished runs from, made elsewhere with the same options."""
 
 
 def main(argv: list[str]) -> int:
     split = argv.index("--") if "--" in argv else len(argv)
     arguments = tyro.cli(Arguments, args=argv[:split])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        found = run_rows(arguments.config, list(arguments.rows), arguments.runs, argv[split + 1 :])
-        figures = table(found)
+        plan = Plan(
+            arguments.config,
+            arguments.runs,
+            tuple(map(parse_variant, arguments.rows)),
+            (arguments.seed,),
+            options=tuple(argv[split + 1 :]),
+            checkpoint_interval=arguments.checkpoint_interval,
+        )
+        for archive in arguments.take:
+            print(f"{archive}: took {', '.join(unpack(archive, arguments.runs)) or 'nothing new'}")
+        try:
+            found = run_all(plan, arguments.time_limit)
+        finally:
+            if packed := pack_finished(arguments.runs, arguments.pack):
+                print(packed)
+        return _report(arguments.output, found)
+    except OutOfTime as stop:
+        print(f"{stop}", file=sys.stderr)
+        return OUT_OF_TIME
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    write_results(arguments.output, {"rows": figures}, found)
-    arguments.output.with_suffix(".md").write_text(format_table(figures) + "\n")
+        return USAGE
+    except KeyboardInterrupt:
+        print("interrupted: call it again to go on", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _report(output: Path, found: Found) -> int:
+    # matplotlib is not needed before.
+    from nvfp4_titan.convergence.results import write_results
+
+    if found.errors:  # each was printed when it came
+        return FAILED
+    runs = {row: run for (row, _), run in found.runs.items()}
+    figures = table(runs)
+    write_results(output, {"rows": figures}, runs)
+    output.with_suffix(".md").write_text(format_table(figures) + "\n")
     print(format_table(figures))
     return 0
 

@@ -124,8 +124,8 @@ def _programs(slots: Slots, columns: int, width: int) -> int:
     return slots.blocks * cdiv(width, columns)
 
 
-def _warps(columns: int, rows: int = BLOCK) -> int:
-    return max(1, columns * rows // BLOCK // COLUMNS_PER_WARP)
+def _warps(columns: int, share: int = 1) -> int:
+    return max(1, columns * share // COLUMNS_PER_WARP)
 
 
 def amax_triton(
@@ -239,7 +239,7 @@ def quantize_triton(
     launches = _QUANTIZED.get(kind) or _QUANTIZED.make(
         kind, _quantize_launches, t.shape, flat, offs, rows, cols
     )
-    pointers = [_as_integers(o) if o.numel() else None for o in outputs]
+    pointers = [_as_integers(o) for o in outputs]
     counters = (*offset, *streams, *_words(key))
     for part in launches:
         part(flat, flat.stride(0), offs, amax, *pointers, *part.sizes, *counters)
@@ -267,7 +267,10 @@ def _quantize_launches(
         ]
     slots = Slots.of(shape, offs, height)
     least = max(use.format.block for use in (rows, cols) if use)
-    columns = slots.tile_columns(MAX_COLUMNS * BLOCK // height, least)
+    # Tiles of the same size for every height; half of it where a thread tries two scales.
+    targets = max(len(use.format.block_targets) for use in (rows, cols) if use)
+    share = height // BLOCK * targets
+    columns = slots.tile_columns(MAX_COLUMNS // share, least)
     # A short last dim: padding is written, so the tile must reach it.
     width = cdiv(slots.columns, least) * least
     constants = {
@@ -284,8 +287,13 @@ def _quantize_launches(
         constants,
         (slots.rows, slots.columns, slots.groups),
         own=6,
-        num_warps=_warps(columns, height),
-        maxnreg=max_registers(flat.dtype, constants["PTX"]),
+        num_warps=_warps(columns, share),
+        maxnreg=max_registers(
+            flat.dtype,
+            constants["PTX"],
+            offs is not None,
+            any(use.sr for use in (rows, cols) if use),
+        ),
     )
     return [whole]
 
@@ -302,9 +310,16 @@ def _use_constants(rows: Use | None, cols: Use | None) -> dict[str, bool | Block
     return constants
 
 
-def max_registers(dtype: torch.dtype, level: int) -> int | None:
-    """Limit for the quantize kernel; None where it would spill: other inputs, longer forms."""
-    return MAX_REGISTERS if dtype == torch.bfloat16 and level >= 89 else None
+def max_registers(dtype: torch.dtype, level: int, grouped: bool, sr: bool) -> int | None:
+    """Limit for the quantize kernel; None where it needs none, or would spill with it.
+
+    Args:
+        dtype: Of its input.
+        level: What PTX is.
+        grouped: Whether it works on tokens in groups, with masks.
+        sr: Whether a use is rounded stochastically.
+    """
+    return MAX_REGISTERS if grouped and not sr and dtype == torch.bfloat16 and level >= 89 else None
 
 
 @cache

@@ -1,11 +1,12 @@
 """Where the Triton kernels' tiles lie, and how they are loaded.
 
-A tile is 16 rows of C columns, or 32 of half as many for blocks of 32. For an operand that contracts over tokens it is held as a tuple of
-16 (32) tensors of C elements: what runs along rows (RHT, amax, packing, random bytes) is then
-elementwise, without a shuffle or a transpose, and the operand is written as it lies, tokens first,
-which cuBLAS takes. For an operand that contracts along columns the tile is loaded once more, out of
-the L1 cache, as one flat tensor: a thread then holds half a block, and two share a block's scales
-and random words (in the tuple, four threads would each work them out).
+A tile is 16 rows of C columns, or 32 of half as many for blocks of 32. For an operand that
+contracts over tokens it is held as a tuple of 16 (32) tensors of C elements: what runs along rows
+(RHT, amax, packing, random bytes) is then elementwise, without a shuffle or a transpose, and the
+operand is written as it lies, tokens first, which cuBLAS takes. For an operand that contracts along
+columns the tile is loaded once more, out of the L1 cache, as one flat tensor: a thread then holds
+half a block, and two share a block's scales and random words (in the tuple, four threads would each
+work them out).
 
 One numbering serves all inputs. Rows are cut into groups: one for a plain tensor, E of equal size
 for experts (E, N, K) seen as (E * N, K), E that end at `offs` for tokens. Each group is padded to
@@ -114,11 +115,11 @@ def load_tile(
         ROWS: Rows of the tile.
     """
     tile = ()
+    # One address in 64 bits: what follows it is known when compiled, where tiles are whole.
+    pointers = x_ptr + first_row.to(tl.int64) * stride + columns
     for i in tl.static_range(ROWS):
-        row = first_row + i
-        pointers = x_ptr + row.to(tl.int64) * stride + columns
-        inside = all_or(below(columns, K, row < end), WHOLE)
-        x = tl.load(pointers, mask=inside, other=0.0)
+        inside = all_or(below(columns, K, first_row + i < end), WHOLE)
+        x = tl.load(pointers + i * stride, mask=inside, other=0.0)
         tile = tile + (to_fp32(x),)
     return tile
 

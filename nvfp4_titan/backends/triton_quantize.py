@@ -74,6 +74,15 @@ def load_amax(amax_ptr, group, needed, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def counted_amax(amax, FORMAT: tl.constexpr):
+    """What SR counters take for the tensor's amax: 0 where there is no scale per tensor."""
+    if FORMAT.tensor_scale:
+        return amax
+    else:
+        return tl.zeros((), tl.float32)
+
+
+@triton.jit
 def words_of_elements(words, SIZE: tl.constexpr):
     """Four words (SIZE / 16,) of each block to the word of each element, (SIZE,): four share one.
 
@@ -161,8 +170,9 @@ def quantize_rows(
         )
         word, byte = 0, 0
         if SR:
-            position = counter_row + row, counter_block + block, block_amax, amax
-            words = random_words(*position, stream, key_low, key_high, FORMAT.tensor_scale)
+            position = counter_row + row, counter_block + block
+            counted = counted_amax(amax, FORMAT)
+            words = random_words(*position, block_amax, counted, stream, key_low, key_high)
             word, byte = words_of_elements(words, SIZE), tl.arange(0, SIZE) & 3
         lanes = e2m1(x, spread(encode, SIZE), word, byte, SR, PACKED, PTX)
     rows = end - first_row
@@ -254,9 +264,13 @@ def quantize_columns(
         )
         words = (0, 0, 0, 0)
         if SR:
-            position = counter_row + tl.arange(0, C), counter_block, block_amax, amax
-            words = random_words(*position, stream, key_low, key_high, FORMAT.tensor_scale)
+            position = counter_row + tl.arange(0, C), counter_block
+            counted = counted_amax(amax, FORMAT)
+            words = random_words(*position, block_amax, counted, stream, key_low, key_high)
         factor = gemm_factor_bits(value, gemm_factor(amax, FORMAT.encode_max))
+    start = slot_block.to(tl.int64) * K
+    values_start = values_ptr + start * BLOCK + columns
+    codes_start = codes_ptr + start * (BLOCK // A_BYTE) + columns
     for i in tl.static_range(BLOCK):
         if A_BYTE == 2:
             lanes = e2m1(tile[i], encode, words[i // 4], i % 4, SR, PACKED, PTX)
@@ -265,22 +279,18 @@ def quantize_columns(
                 values = e4m3_values(tile[i], encode, decode, PTX)
             else:
                 values = gemm_bits(lanes, factor, PTX)
-            pointers = values_ptr + (slot_block * BLOCK + i).to(tl.int64) * K + columns
-            tl.store(pointers, values, mask=inside)
+            tl.store(values_start + i * K, values, mask=inside)
         if PACKED:
             if A_BYTE == 2 and i % 2 == 0:
                 even = lanes
             else:
-                row_of = slot_block * (BLOCK // A_BYTE) + i // A_BYTE
-                pointers = codes_ptr + row_of.to(tl.int64) * K + columns
                 if A_BYTE == 1:
                     packed = e4m3_codes(tile[i], encode, PTX)
                 else:
                     packed = pack_codes(even, lanes, PTX)
-                tl.store(pointers, packed, mask=inside)
+                tl.store(codes_start + (i // A_BYTE) * K, packed, mask=inside)
     if PACKED:
-        pointers = scale_ptr + slot_block.to(tl.int64) * K + columns
-        tl.store(pointers, code.to(tl.uint8), mask=inside)
+        tl.store(scale_ptr + start + columns, code.to(tl.uint8), mask=inside)
 
 
 @triton.jit(do_not_specialize=COUNTERS)

@@ -245,9 +245,7 @@ def bf16_mantissa(amax_bits):
 
 
 @triton.jit
-def random_words(
-    row, block, block_amax, amax, stream, key_low, key_high, TENSOR_SCALE: tl.constexpr = True
-):
+def random_words(row, block, block_amax, amax, stream, key_low, key_high):
     """Four uint32 words for the 16 elements of each block: `philox` with their mantissas.
 
     Args:
@@ -258,11 +256,8 @@ def random_words(
         stream: See philox.
         key_low: See philox.
         key_high: See philox.
-        TENSOR_SCALE: Whether there is a scale per tensor: without, its amax does not count.
     """
-    mantissas = bf16_mantissa(block_amax)
-    if TENSOR_SCALE:
-        mantissas = mantissas | (bf16_mantissa(bits(amax)) << 7)
+    mantissas = bf16_mantissa(block_amax) | (bf16_mantissa(bits(amax)) << 7)
     return philox(row, block, mantissas, stream, key_low, key_high)
 
 

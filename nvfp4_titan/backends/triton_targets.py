@@ -31,8 +31,7 @@ def squared_error(x, value, encode, tensor_encode):
 def halving_sum(x, OUTER: tl.constexpr, INNER: tl.constexpr):
     """(OUTER, 16, INNER), flat, summed over the 16 by halving: (OUTER * INNER,)."""
     for stage in tl.static_range(4):
-        half: tl.constexpr = (8 >> stage) * INNER
-        x = tl.sum(tl.reshape(x, (OUTER, 2, half)), axis=1)
+        x = tl.sum(tl.reshape(x, (OUTER, 2, (8 >> stage) * INNER)), axis=1)
     return tl.reshape(x, (OUTER * INNER,))
 
 

@@ -31,10 +31,11 @@ EXPERTS, EXPERT_TOKENS, EXPERT_K, EXPERT_N = 16, 16384, 2048, 1408
 KEY = key_tensor(0, "bench")
 Forward = Callable[..., torch.Tensor]
 RECIPE = RECIPES["nvfp4"]
+OTHER_RECIPES = ("nvfp4_46", "nvfp4_mxfp8", "nvfp4_bf16", "bf16_nvfp4", "mxfp8")
 
 
 def triton_linear(x: torch.Tensor, w: torch.Tensor, **known) -> torch.Tensor:
-    """Ours, (M, K), (N, K) -> (M, N); `known`: of the weight, as `linear` takes it."""
+    """Ours, (M, K), (N, K) -> (M, N); `known`: recipe, and of the weight, as `linear` has them."""
     return linear(x, w, backend=BACKENDS["triton"], key=KEY, **known)
 
 
@@ -65,6 +66,7 @@ def linear_rows(k: int, n: int, peers: dict[str, Forward]) -> list[BenchRow]:
     x, w = _leaves((TOKENS, k), (n, k))
     dy = torch.randn(TOKENS, n, device="cuda", dtype=torch.bfloat16)
     ours = {name: partial(triton_linear, **known) for name, known in known_of(w).items()}
+    ours |= {f"triton {name}": partial(triton_linear, recipe=name) for name in OTHER_RECIPES}
     forwards = {
         "bf16": torch.nn.functional.linear,
         **ours,

@@ -37,6 +37,22 @@ def pack(folders: Iterable[Path], archive: Path) -> list[str]:
     return [folder.name for folder in finished]
 
 
+def pack_finished(runs: Path, archive: Path | None) -> str:
+    """Pack what has finished of a folder of runs; returns a line that says what, "" for no archive.
+
+    Args:
+        runs: Folder of dump folders.
+        archive: File to write, or None.
+    """
+    if archive is None:
+        return ""
+    try:
+        folders = sorted(runs.iterdir()) if runs.is_dir() else []
+        return f"{archive}: {', '.join(pack(folders, archive))}"
+    except ConfigError as error:
+        return str(error)
+
+
 def unpack(archive: Path, folder: Path) -> list[str]:
     """Take runs out of an archive into a folder; one that has finished there already stays.
 

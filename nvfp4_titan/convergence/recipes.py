@@ -1,18 +1,13 @@
 """Comparing recipes: one run of a user's TOML per row, and their table.
 
 Rows are recipes by name; "bf16" is the control (no converter), "fp8" torchtitan's float8 (every
-linear but the lm head and routers). Each row runs in a process of its own, with its own dump folder
-and log. A row that has finished with the same TOML and options is not run again, so an interrupted
-comparison goes on with the row that it was at: from its last checkpoint, where the TOML saves any.
+linear but the lm head and routers, the last blocks too). They run as a check's variants do
+(check.py): an interrupted comparison goes on where it was.
 """
-
-from pathlib import Path
 
 import torch
 
-from ..errors import ConfigError
 from ..recipe import get_recipe
-from .launch import Job
 from .runs import Run, compare
 
 CONTROL, FLOAT8 = "bf16", "fp8"
@@ -25,7 +20,7 @@ def row_options(row: str) -> list[str]:
     """Options of torchtitan that make a run one row of the comparison.
 
     Raises:
-        ConfigError: neither a recipe nor "fp8".
+        ConfigError: neither a recipe nor "fp8" (from `get_recipe`).
     """
     if row == CONTROL:
         return ["--model.converters", ""]
@@ -36,28 +31,6 @@ def row_options(row: str) -> list[str]:
     options = [f"--model.converters={converter}", f"--{converter}.filter_fqns=output,router"]
     hardware = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
     return options if hardware else [*options, f"--{converter}.emulate"]
-
-
-def run_rows(config: Path, rows: list[str], folder: Path, options: list[str]) -> dict[str, Run]:
-    """Run the rows that have not finished, and read all of them.
-
-    Args:
-        config: TOML of the job, with validation.
-        rows: Names of the rows.
-        folder: Where each row gets its dump folder.
-        options: Further torchtitan options, for every row; NGPU in the environment is the number of
-            processes.
-
-    Returns:
-        Runs by row.
-
-    Raises:
-        ConfigError: an unknown row, a folder that holds something else, or a run that failed.
-    """
-    if not config.is_file():
-        raise ConfigError(f"config file {config} is not there: see train_configs/ for examples")
-    jobs = {row: Job(config, folder / row, (*options, *row_options(row))) for row in rows}
-    return {row: job.run() for row, job in jobs.items()}
 
 
 def table(runs: dict[str, Run]) -> dict[str, dict]:

@@ -103,7 +103,7 @@ def markdown(
             f"| {name} | {len(verdict.gaps)} | {_losses(verdict.losses)} | {verdict.gap:+.2%} "
             f"| {bounds} | {gaps} | {spikes} | {verdict.outcome}: {'; '.join(verdict.reasons)} |"
         )
-    lines += ["", *_courses(verdicts), *_experts(verdicts)]
+    lines += ["", *_courses(verdicts), *switches(plan, verdicts, run.steps), *_experts(verdicts)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -127,6 +127,26 @@ def _courses(verdicts: dict[str, Verdict | str]) -> list[str]:
     for name, verdict in judged.items():
         lines.append(f"| {name} | " + " | ".join(f"{verdict.course[s]:+.2%}" for s in steps) + " |")
     return [*lines, ""]
+
+
+def switches(plan: Plan, verdicts: dict[str, Verdict | str], steps: int) -> list[str]:
+    """Gaps around the switches of variants with a schedule of their own."""
+    lines = []
+    for variant in plan.variants[1:]:
+        verdict = verdicts[variant.name]
+        for change in variant.schedule(steps) if isinstance(verdict, Verdict) else ():
+            done = change.first_step - 1
+            before = [step for step in verdict.course if step <= done]
+            after = [step for step in verdict.course if step > done]
+            gaps = [
+                f"{verdict.course[step]:+.2%} at step {step}"
+                for step in (*before[-1:], *after[:1], *after[-1:][: len(after) - 1])
+            ]
+            lines.append(
+                f"- {variant.name}, {change.gemm} as in {change.recipe} after step {done}: "
+                + ", ".join(gaps)
+            )
+    return ["Gap around switches:", "", *lines, ""] if lines else []
 
 
 def _experts(verdicts: dict[str, Verdict | str]) -> list[str]:

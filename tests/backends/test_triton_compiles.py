@@ -25,6 +25,8 @@ from nvfp4_titan.backends.triton_amax import _amax_kernel
 from nvfp4_titan.backends.triton_int_groups import _int_groups_kernel
 from nvfp4_titan.backends.triton_quantize import _quantize_kernel
 from nvfp4_titan.backends.triton_unpack import _unpack_kernel
+from nvfp4_titan.formats import MXFP8, NVFP4
+from nvfp4_titan.recipe import FORMATS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 LEVELS = {80: 80, 90: 89, 100: 89}
@@ -36,15 +38,31 @@ WARPS = {"alpha": 1}  # 4 for others
 WIDTH = ({"WHOLE": True, "WIDTH": 4096}, {"WHOLE": False, "WIDTH": 0})
 
 
-def quantize(rows="", cols="", groups=0, dtype="bf16"):
+def targets(formats):
+    return max(len(FORMATS[fmt].block_targets) for fmt in formats)
+
+
+def quantize(rows="", cols="", groups=0, dtype="bf16", formats=("nvfp4", "nvfp4")):
     """Constants of the quantize kernel for uses such as "sr rht values"."""
-    constants = {"GROUPS": groups or 1, "ROUND": dtype != "bf16", "C": 512, **WIDTH[bool(groups)]}
-    for name, use in (("ROW", rows), ("COL", cols)):
-        constants[name] = bool(use)
+    height = FORMATS[formats[1]].block if cols else 16
+    constants = {"GROUPS": groups or 1, "ROUND": dtype != "bf16", **WIDTH[bool(groups)]}
+    share = height // 16 * targets(formats)
+    constants |= {"ROWS": height, "C": 512 // share}
+    for name, use, fmt in zip(("ROW", "COL"), (rows, cols), formats, strict=True):
+        constants |= {name: bool(use), f"{name}_FORMAT": FORMATS[fmt]}
         for field in ("square", "sr", "rht", "packed", "values"):
             constants[f"{name}_{field.upper()}"] = field in use
     return constants
 
+
+def unpack(fmt, columns):
+    """Constants of the unpack kernel."""
+    groups = 16 if columns and fmt.tensor_scale else 0
+    return {"GROUPS": groups, "FORMAT": fmt, "COLUMNS": columns, "C": 1024}
+
+
+MX, MIXED, BEST = ("mxfp8", "mxfp8"), ("nvfp4", "mxfp8"), ("nvfp4_46", "nvfp4_46")
+NVFP4S = {"A_FORMAT": NVFP4, "B_FORMAT": NVFP4}
 
 # Kernel, dtype of its input, constants, most registers on sm_90 (spills are never allowed).
 INTEGERS = {
@@ -61,18 +79,59 @@ CASES = {
     "w": (_quantize_kernel, "bf16", quantize("square values packed"), 168),
     "groups of x": (_quantize_kernel, "bf16", quantize("values", "rht packed", 16), 128),
     "fp32 x": (_quantize_kernel, "fp32", quantize("values", "rht packed"), 168),
-    "unpack rows": (_unpack_kernel, "u8", {"GROUPS": 0, "COLUMNS": False, "C": 1024}, 96),
-    "unpack columns": (_unpack_kernel, "u8", {"GROUPS": 16, "COLUMNS": True, "C": 1024}, 96),
-    "alpha": (triton_unpack._alpha_kernel, "fp32", {}, 32),
+    "mxfp8 x": (_quantize_kernel, "bf16", quantize("values", "packed", formats=MX), 128),
+    "mxfp8 dy": (_quantize_kernel, "bf16", quantize("values", "values", formats=MX), 128),
+    "nvfp4 and mxfp8 x": (
+        _quantize_kernel,
+        "bf16",
+        quantize("values", "packed", formats=MIXED),
+        128,
+    ),
+    "nvfp4 and mxfp8 w": (
+        _quantize_kernel,
+        "bf16",
+        quantize("square values", "values", formats=MIXED),
+        128,
+    ),
+    "four over six dy": (
+        _quantize_kernel,
+        "bf16",
+        quantize("sr values", "sr rht values", formats=BEST),
+        168,
+    ),
+    "four over six w": (
+        _quantize_kernel,
+        "bf16",
+        quantize("square values packed", formats=BEST),
+        168,
+    ),
+    "unpack rows": (_unpack_kernel, "u8", unpack(NVFP4, False), 96),
+    "unpack columns": (_unpack_kernel, "u8", unpack(NVFP4, True), 96),
+    "unpack mxfp8 columns": (_unpack_kernel, "u8", unpack(MXFP8, True), 96),
+    "dequantize": (_unpack_kernel, "u8", unpack(NVFP4, False), 96),
+    "alpha": (triton_unpack._alpha_kernel, "fp32", NVFP4S, 32),
     "scale": (triton_unpack._scale_kernel, "fp32", {"C": 1024}, 64),
     "int rows": (_int_groups_kernel, "bf16", INTEGERS, 128),
     "int groups": (_int_groups_kernel, "bf16", {**INTEGERS, **GROUPS_OF_32}, 128),
-    "grouped fprop": (triton_grouped_gemm._grouped_mm_kernel, "bf16", {"TRANSPOSED": True}, 224),
-    "grouped dgrad": (triton_grouped_gemm._grouped_mm_kernel, "bf16", {"TRANSPOSED": False}, 224),
-    "grouped wgrad": (triton_grouped_gemm._grouped_wgrad_kernel, "bf16", {}, 224),
+    "grouped fprop": (
+        triton_grouped_gemm._grouped_mm_kernel,
+        "bf16",
+        {"TRANSPOSED": True, **NVFP4S},
+        255,
+    ),
+    "grouped dgrad": (
+        triton_grouped_gemm._grouped_mm_kernel,
+        "bf16",
+        {"TRANSPOSED": False, **NVFP4S},
+        255,
+    ),
+    "grouped wgrad": (triton_grouped_gemm._grouped_wgrad_kernel, "bf16", NVFP4S, 255),
 }
 # Variants of a kernel that says enough on one architecture.
-HOPPER_ONLY = ("amax of groups", "x", "groups of x", "fp32 x")
+HOPPER_ONLY = (
+    *("amax of groups", "x", "groups of x", "fp32 x", "mxfp8 x", "nvfp4 and mxfp8 x"),
+    *("nvfp4 and mxfp8 w", "four over six w", "unpack mxfp8 columns", "dequantize"),
+)
 
 
 DIVISIBLE = (
@@ -90,7 +149,7 @@ DIVISIBLE = (
 """Integers that are multiples of 16 in training."""
 
 
-def pointer_type(name: str, dtype: str) -> str:
+def pointer_type(name: str, dtype: str, case: str) -> str:
     """Type of a pointer argument; dtype is that of the kernel's input."""
     if name in ("x_ptr", "a_ptr", "b_ptr", "dy_ptr"):
         return f"*{dtype}"
@@ -99,7 +158,7 @@ def pointer_type(name: str, dtype: str) -> str:
     if name == "offs_ptr":
         return "*i32"
     if "values" in name:
-        return "*i16"
+        return "*bf16" if case == "dequantize" else "*i16"
     return "*u8" if "codes" in name or "scale" in name else "*bf16"
 
 
@@ -108,10 +167,15 @@ def compiled(case, arch):
     kernel, dtype, constants, _ = CASES[case]
     options = {"enable_fp_fusion": False, "num_warps": WARPS.get(case, 4)}
     if kernel is _quantize_kernel:
-        options["maxnreg"] = triton_launch.max_registers(DTYPES[dtype], LEVELS[arch])
+        options["maxnreg"] = triton_launch.max_registers(
+            DTYPES[dtype],
+            LEVELS[arch],
+            constants["GROUPS"] > 1,
+            constants["ROW_SR"] or constants["COL_SR"],
+        )
     if case.startswith("grouped"):
         tile = asdict(triton_grouped_gemm.HOPPER if arch >= 90 else triton_grouped_gemm.AMPERE)
-        constants = {**constants, **tile, "GROUPS": 16}
+        constants = {**constants, **tile, "WHOLE": True, "GROUPS": 16}
         options |= {name: tile[name] for name in ("num_warps", "num_stages")}
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     if "PTX" in kernel.arg_names:
@@ -125,7 +189,7 @@ def compiled(case, arch):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = pointer_type(name, dtype) if name.endswith("_ptr") else "i32"
+        signature[name] = pointer_type(name, dtype, case) if name.endswith("_ptr") else "i32"
         if name.endswith("_ptr") or name in DIVISIBLE:
             attributes[(i,)] = [["tt.divisibility", 16]]
     indices = {(kernel.arg_names.index(name),): value for name, value in constants.items()}

@@ -8,6 +8,7 @@ from backend_checks import (
     DTYPES,
     FORMATS,
     KEY,
+    OTHER_FORMATS,
     TOKEN_FORMATS,
     check_gemms,
     check_quantize,
@@ -70,6 +71,44 @@ def test_oracle_bits_of_groups(sizes, columns, dtype, row_use, col_use):
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_oracle_bits_of_experts(fmt):
     check_quantize(draw((5, 100, 300), torch.bfloat16), fmt, fmt, "cuda")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 700),
+    st.integers(1, 700),
+    DTYPES,
+    st.sampled_from([None, X, *OTHER_FORMATS]),
+    st.sampled_from(OTHER_FORMATS),
+    st.floats(-38, 37.9),
+)
+def test_oracle_bits_of_other_formats(rows, columns, dtype, row_use, col_use, exponent):
+    check_quantize(draw((rows, columns), dtype, exponent), row_use, col_use, "cuda")
+
+
+@pytest.mark.parametrize("fmt", OTHER_FORMATS, ids=str)
+def test_oracle_bits_of_groups_and_experts_in_other_formats(fmt):
+    offs = torch.tensor([5, 5, 90, 300], dtype=torch.int32)
+    if fmt.block[0] == 1:
+        check_quantize(draw((310, 200), torch.bfloat16), fmt, fmt, "cuda", offs)
+    check_quantize(draw((5, 100, 300), torch.bfloat16), fmt, fmt, "cuda")
+
+
+@pytest.mark.parametrize("columns", [16, 64, 256, 512, 1024, 4096])
+@pytest.mark.parametrize("fmt", [f for f in OTHER_FORMATS if f.block[0] == 1], ids=str)
+def test_oracle_bits_of_other_formats_at_every_width(fmt, columns):
+    check_quantize(draw((64, columns), torch.bfloat16), fmt, fmt, "cuda")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_every_recipe_against_the_reference(name, grouped):
+    # fp32: dequantized operands are rounded to the dtype.
+    offs = torch.tensor([50, 50, 95], dtype=torch.int32) if grouped else None
+    w = torch.randn(*((3,) if grouped else ()), 72, 136)
+    recipe = RECIPES[name]
+    if recipe.quantized and not (grouped and None in (recipe.fprop, recipe.dgrad, recipe.wgrad)):
+        check_gemms(torch.randn(100, 136), w, torch.randn(100, 72), "cuda", 1e-5, offs, recipe)
 
 
 @pytest.mark.parametrize("columns", [16, 64, 256, 512, 1024, 4096])
@@ -161,7 +200,8 @@ def test_linear_against_the_reference(cublas_found, monkeypatch):
 def test_grouped_against_the_reference(sizes, dtype):
     offs = torch.tensor(sizes).cumsum(0).to(torch.int32)
     m, e = sum(sizes) + 9, len(sizes)
-    for n, k in ((256, 384), (50, 70), (1, 33)):
+    # Whole tiles in all three GEMMs, in some, in none.
+    for n, k in ((256, 512), (256, 384), (50, 70), (1, 33)):
         x, w, dy = (torch.randn(s).to(dtype) for s in ((m, k), (e, n, k), (m, n)))
         check_gemms(x, w, dy, "cuda", 1e-5 if dtype == torch.float32 else BF16, offs)
 
@@ -211,11 +251,17 @@ def test_a_cuda_graph_replays_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
-def test_modes_of_the_handle_are_restored():
+def test_modes_of_the_handle_are_restored(monkeypatch):
     x = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
     before = x @ x
+    y, matmul = x.float(), torch.backends.cuda.matmul
+    monkeypatch.setattr(matmul, "allow_tf32", True)
+    tf32 = y @ y
     linear(x, x, backend="triton")
-    assert torch.equal(x @ x, before)
+    assert torch.equal(x @ x, before) and torch.equal(y @ y, tf32)
+    monkeypatch.setattr(matmul, "allow_tf32", False)
+    linear(x, x, backend="triton")
+    assert not torch.equal(y @ y, tf32)
 
 
 @pytest.mark.parametrize("kind", ["linear", "grouped"])

@@ -11,7 +11,7 @@ if sys.platform != "linux":
 import triton
 import triton.language as tl
 
-from nvfp4_titan.backends import triton_call, triton_codes, triton_launch
+from nvfp4_titan.backends import triton_call, triton_codes, triton_launch, triton_mxfp8
 from nvfp4_titan.backends import triton_rounding as kernels
 
 pytestmark = pytest.mark.gpu
@@ -32,6 +32,10 @@ def _kernel(
             result = kernels.bits(kernels.round_bf16(x, PTX * form))
         elif WHAT == "e4m3":
             result = kernels.e4m3_rtne(x, PTX * form)
+        elif WHAT == "e4m3 codes":
+            result = triton_mxfp8.e4m3_codes(x, one, PTX * form).to(tl.int32)
+        elif WHAT == "e4m3 values":
+            result = triton_mxfp8.e4m3_values(x, one, one, PTX * form).to(tl.int32)
         elif WHAT == "reciprocal":
             result = kernels.bits(kernels.reciprocal(x, 1.0, PTX * form))
         elif WHAT == "pack":
@@ -109,3 +113,13 @@ def test_bf16_of_many_numbers():
     x = torch.randint(-(2**31), 2**31, (1 << 26,), device="cuda", dtype=torch.int64)
     x = x.to(torch.int32).view(torch.float32)
     assert differing("bf16", torch.where(x.isnan(), 1.0, x)) == 0
+
+
+@pytest.mark.parametrize("what", ["e4m3 codes", "e4m3 values"])
+def test_mxfp8_elements_of_every_number(what):
+    for sign in (1, -1):
+        for exponent in (*range(-12, 10), 20, -126, -140):
+            x = numbers(bits(2.0**exponent), bits(2.0 ** (exponent + 1)))
+            assert differing(what, sign * x) == 0
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-45, 3e38], device="cuda")
+    assert differing(what, special.repeat(SIZE)) == 0

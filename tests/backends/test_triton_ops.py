@@ -71,9 +71,10 @@ def test_layers_that_read_the_same_input_share_its_codes_when_compiled():
     assert count(graph, "triton_unpack") == 2 and count(merged, "triton_unpack") == 1
 
 
-def test_the_function_is_traced_whole():
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_mxfp8", "nvfp4_bf16"])
+def test_the_function_is_traced_whole(recipe):
     torch._dynamo.reset()
-    module = NVFP4Linear(32, 48, name="x", backend=TRITON, device="meta")
+    module = NVFP4Linear(32, 48, name="x", backend=TRITON, device="meta", recipe=recipe)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     x = torch.randn(16, 32, device="meta", requires_grad=True)
     compiled(x).sum().backward()

@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nvfp4_titan.convergence import Run, compare
-from nvfp4_titan.convergence.recipes import ROWS, row_options, run_rows
+from nvfp4_titan.convergence.archive import pack_finished
+from nvfp4_titan.convergence.recipes import ROWS, row_options
 from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.recipe import RECIPES
 
@@ -24,6 +26,7 @@ TINY = [
 def script():
     spec = importlib.util.spec_from_file_location("script", ROOT / "scripts/compare_recipes.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # tyro reads the help out of the source
     spec.loader.exec_module(module)
     return module
 
@@ -45,10 +48,14 @@ def test_table_and_going_on(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "result.png").stat().st_size > 1000
     assert (tmp_path / "result.md").read_text() in capsys.readouterr().out
     # What has finished is not run again; a row that was cut off is, alone.
-    request = tmp_path / "runs" / "fp8" / "request.json"
+    request = tmp_path / "runs" / "fp8_seed0" / "request.json"
     content = json.loads(request.read_text())
     content.pop("finished")
     request.write_text(json.dumps(content))
+    # Neither is it on a machine that took the finished ones from this.
+    archive, other = tmp_path / "runs.tar.gz", tmp_path / "other"
+    assert pack_finished(tmp_path / "runs", archive).endswith("bf16_seed0, nvfp4_46_seed0")
+    argv[2] = f"--runs={other}"
     started = []
 
     def refuse(command, **kwargs):
@@ -56,8 +63,10 @@ def test_table_and_going_on(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    with pytest.raises(KeyboardInterrupt):
-        script().main([*argv, *rows, "--", *TINY])
+    argv = [*argv[:3], f"--take={archive}", f"--pack={tmp_path / 'again.tar.gz'}", "--rows"]
+    assert script().main([*argv, *rows, "--", *TINY]) == 130
+    assert pack_finished(tmp_path / "none", tmp_path / "x").startswith("nothing to pack")
+    assert (tmp_path / "again.tar.gz").is_file()
     assert len(started) == 1 and any("float8" in option for option in started[0])
 
 
@@ -69,20 +78,25 @@ def test_rows_are_recipes_or_fp8():
         row_options("fp9")
 
 
-def test_a_failed_run_names_its_log(tmp_path):
-    with pytest.raises(ConfigError, match="see .*bf16/log.txt"):
-        run_rows(CONFIG, ["bf16"], tmp_path, ["--training.steps=0"])
-    assert "must be positive" in (tmp_path / "bf16" / "log.txt").read_text()
+def test_a_failed_run_names_its_log(tmp_path, capsys):
+    argv = [str(CONFIG), "--output=x", f"--runs={tmp_path}", "--rows", "bf16", "--"]
+    assert script().main([*argv, "--training.steps=0"]) == 1
+    assert "bf16_seed0/log.txt" in capsys.readouterr().out
+    assert "must be positive" in (tmp_path / "bf16_seed0" / "log.txt").read_text()
 
 
-def test_errors_name_the_fix(tmp_path):
-    (tmp_path / "bf16").mkdir()
-    (tmp_path / "bf16" / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match="use another folder"):
-        run_rows(CONFIG, ["bf16"], tmp_path, [])
-    with pytest.raises(ConfigError, match="is not there"):
-        run_rows(tmp_path / "no.toml", ["bf16"], tmp_path, [])
-    assert script().main([str(tmp_path / "no.toml"), "--output=x"]) == 2
+def test_errors_name_the_fix(tmp_path, capsys):
+    (tmp_path / "bf16_seed0").mkdir()
+    (tmp_path / "bf16_seed0" / "thesis.tex").write_text("")
+    argv = ["--output=x", f"--runs={tmp_path}", "--rows", "bf16"]
+    for config, rows, message in (
+        (CONFIG, (), "use another folder"),
+        (tmp_path / "no.toml", (), "is not there"),
+        (CONFIG, ("fp9",), "use bf16, fp8"),
+        (CONFIG, ("bf16",), "named twice"),
+    ):
+        assert script().main([str(config), *argv, *rows]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_experts_that_counted_no_validation_are_left_out():

@@ -8,9 +8,18 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from nvfp4_titan.convergence.check import Plan
+from nvfp4_titan.convergence.report import switches
 from nvfp4_titan.convergence.runs import Run, read_scalars
 from nvfp4_titan.convergence.variants import ABLATIONS, parse_variant
-from nvfp4_titan.convergence.verdict import Thresholds, final_loss, judge, noise, t_quantile
+from nvfp4_titan.convergence.verdict import (
+    Thresholds,
+    Verdict,
+    final_loss,
+    judge,
+    noise,
+    t_quantile,
+)
 from nvfp4_titan.errors import ConfigError
 
 STEPS, EVERY, VALIDATED = 1000, 10, 50
@@ -177,6 +186,22 @@ def test_later_starts_replace_what_was_lost(tmp_path):
     scalars = read_scalars(tmp_path)
     assert scalars["loss_metrics/global_avg_loss"] == {1: 1, 2: 1, 3: 1, 4: 1, 5: 2, 6: 2}
     assert scalars["validation_metrics/loss"] == {4: 1.0}
+
+
+def test_gaps_around_a_switch(tmp_path):
+    config = tmp_path / "a.toml"
+    config.write_text("")
+    variants = tuple(map(parse_variant, ("bf16", "nvfp4", "fprop_switch")))
+    plan = Plan(config, tmp_path, variants, (0,))
+    course = {410: 0.02, 820: 0.015, 902: 0.01, 1000: 0.005}
+    verdict = Verdict("reported", (), {0: 0.005}, None, {}, course, {}, {})
+    lines = switches(plan, {"nvfp4": verdict, "fprop_switch": verdict}, 1000)
+    assert lines[2:] == [
+        "- fprop_switch, fprop as in bf16 after step 820: +1.50% at step 820, +1.00% at step 902, "
+        "+0.50% at step 1000",
+        "",
+    ]
+    assert not switches(plan, {"nvfp4": verdict, "fprop_switch": "it failed"}, 1000)
 
 
 def test_variants():
