@@ -85,4 +85,4 @@ def test_peak_memory_is_that_of_a_shard(tmp_path):
     *_, small, run, hf = map(int, done.stdout.split())
     print(f"{sizes[LAYERS[1]]:,} bytes of weights; peak grew by {run - small:,} and {hf - run:,}")
     assert sizes[LAYERS[1]] > 6 * 2**24
-    assert hf - small < sizes[LAYERS[1]] / 4
+    assert max(run, hf) - small < sizes[LAYERS[1]] / 2  # measured: 0 to 0.27; all of it held: 0.98
