@@ -18,7 +18,7 @@ from ..backends import OperandUse, stream
 from ..distributed import GatheredWeight, amax_of_uses
 from ..errors import ConfigError
 from ..recipe import GemmFormat, OperandFormat, Recipe
-from ..training import NVFP4Linear, Report, convert, refresh_weights, weights_tracked
+from ..training import NVFP4Linear, Report, convert, untrack_weights
 from ..training.experts import WrappingExperts
 from ..training.linear import cast_input
 from .codecs import Codec, Encoded
@@ -88,7 +88,8 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N)."""
         if self.recipe.activation is not None:
-            x = self.recipe.activation.round_trip(x)
+            with torch.no_grad():
+                x = self.recipe.activation.round_trip(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.weight.to(x.dtype), bias)
 
@@ -165,8 +166,7 @@ def convert_prepared(model: nn.Module, dtype: torch.dtype | None = None) -> None
         ConfigError: nothing in it was prepared.
     """
     found = False
-    if weights_tracked(model):
-        refresh_weights(model)
+    untrack_weights(model)
     for parent in list(model.modules()):
         if isinstance(parent, WrappingExperts):
             for name, (recipe, backend) in parent.recipes().items():

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import ConfigError
@@ -81,10 +82,14 @@ class CheckpointWriter:
 
     def _write_shard(self) -> None:
         file = self.folder / f"shard-{len(self._shards)}"
-        if self.binary:
-            torch.save(self._pending, file)
-        else:
-            save_file(self._pending, file, metadata={"format": "pt"})
+        try:
+            if self.binary:
+                torch.save(self._pending, file)
+            else:
+                save_file(self._pending, file, metadata={"format": "pt"})
+        except (SafetensorError, RuntimeError) as error:
+            # What both raise where the system refuses to write.
+            raise OSError(str(error)) from error
         self._shards.append(list(self._pending))
         self._pending, self._bytes = {}, 0
 

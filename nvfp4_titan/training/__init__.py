@@ -4,7 +4,7 @@ from .convert import convert
 from .grouped import grouped_mm
 from .linear import NVFP4Linear, key_tensor, linear
 from .report import Entry, Report
-from .weights import invalidate_weights, refresh_weights, track_weights, weights_tracked
+from .weights import invalidate_weights, refresh_weights, track_weights, untrack_weights
 
 __all__ = [
     "Entry",
@@ -17,5 +17,5 @@ __all__ = [
     "linear",
     "refresh_weights",
     "track_weights",
-    "weights_tracked",
+    "untrack_weights",
 ]

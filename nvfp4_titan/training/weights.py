@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from ..distributed import ShardedWeight, fsdp_records, weight_amaxes
 from ..distributed.fp4_gather import Known, attach, obstacle
@@ -52,6 +53,7 @@ class _State:
     versions: list[int] = field(default_factory=list)
     shared: tuple[tuple[str, ...], ...] = ()
     groups: list[list[int]] = field(default_factory=list)
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
 
 def track_weights(
@@ -74,14 +76,25 @@ def track_weights(
             shard where FSDP gathers codes.
         shared: Names of linears (or expert weights) of one parent that are given one amax.
     """
-    setattr(model, _STATE, _State(fp4_all_gather, keep_weights, shared=tuple(map(tuple, shared))))
-    model.register_forward_pre_hook(_before_forward)
-    model.register_load_state_dict_post_hook(_after_load)
+    state = _State(fp4_all_gather, keep_weights, shared=tuple(map(tuple, shared)))
+    setattr(model, _STATE, state)
+    state.hooks = [
+        model.register_forward_pre_hook(_before_forward),
+        model.register_load_state_dict_post_hook(_after_load),
+    ]
 
 
-def weights_tracked(model: nn.Module) -> bool:
-    """Whether `track_weights` was called on the model."""
-    return hasattr(model, _STATE)
+def untrack_weights(model: nn.Module) -> None:
+    """Have a tracked model know its weights' amaxes for good; nothing for one that is not tracked.
+
+    For weights that will not change again.
+    """
+    if not hasattr(model, _STATE):
+        return
+    _before_forward(model, ())
+    for hook in getattr(model, _STATE).hooks:
+        hook.remove()
+    delattr(model, _STATE)
 
 
 def invalidate_weights(model: nn.Module) -> None:

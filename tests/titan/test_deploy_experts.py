@@ -1,13 +1,19 @@
-"""DeepSeekV3 finalized: every expert a packed linear, under the names that others read."""
+"""DeepSeekV3 finalized: every expert a packed linear, under the names that others read.
+
+Its checkpoint is saved again by two ranks that shard it: what is finalized must be the same.
+"""
 
 import json
+import shutil
 
 import pytest
 import torch
+from ranks import spawn
 from safetensors.torch import load_file
 from support import relative_error
 
 from nvfp4_titan.numerics import quantize
+from nvfp4_titan.titan import cpu_runtime
 
 EXPERTS = 4
 OURS, THEIRS = (
@@ -16,9 +22,8 @@ OURS, THEIRS = (
 )
 
 
-@pytest.fixture
-def run(train, single_rank):
-    """The dump folder of a tiny DeepSeekV3, with experts trained in NVFP4."""
+def register_tiny():
+    """A DeepSeekV3 of 4 experts that transformers' class can hold too: sigmoid scores, yarn."""
     from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs, deepseekv3_args
     from torchtitan.models.moe import MoEArgs
 
@@ -35,6 +40,13 @@ def run(train, single_rank):
         n_heads=2, moe_args=moe, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=32,
         qk_rope_head_dim=16, v_head_dim=32, original_seq_len=32, rope_factor=4.0, mscale=0.7,
     )  # fmt: skip
+    return deepseekv3_args
+
+
+@pytest.fixture
+def run(train, single_rank):
+    """The dump folder of a tiny DeepSeekV3, with experts trained in NVFP4."""
+    flavors = register_tiny()
     train(
         "--model.name=deepseek_v3",
         "--model.flavor=tiny",
@@ -48,7 +60,7 @@ def run(train, single_rank):
         folder="run",
     )
     yield single_rank / "run"
-    del deepseekv3_args["tiny"]
+    del flavors["tiny"]
 
 
 @pytest.mark.slow
@@ -76,6 +88,42 @@ def test_every_expert_is_a_packed_linear(run):
     assert set(trained) == set(Source(out / "bf16").shapes)
     _check_experts(out / "own", trained, shared=False)
     _check_experts(out / "nvfp4", trained, shared=True)
+    _check_sharded(run, out)
+
+
+def _check_sharded(run, out):
+    """A checkpoint of two FSDP ranks is finalized to the same bytes."""
+    from nvfp4_titan.titan.finalize import FinalizeOptions, finalize
+
+    again = out / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoint" / "step-3")
+    (out / "ranks").mkdir()
+    spawn(save_sharded, "cpu", 2, out / "ranks", run, again / "checkpoint" / "step-3")
+    assert len(list((again / "checkpoint" / "step-3").glob("*.distcp"))) == 2
+    finalize(again, out / "sharded", FinalizeOptions("nvfp4_weight_only", share_scales=False))
+    stored = [(out / name / "model.safetensors").read_bytes() for name in ("own", "sharded")]
+    assert stored[0] == stored[1]
+
+
+def save_sharded(rank, device, run, target):
+    """On each of two ranks: load a run's checkpoint into FSDP's shards, and save those."""
+    cpu_runtime.install()
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.fsdp import fully_shard
+
+    from nvfp4_titan.titan.sources import Source
+
+    register_tiny()
+    source = Source(run)
+    with torch.device("meta"):
+        model = source.family.model(source.args)
+    for part in (*model.layers.values(), model):
+        fully_shard(part)
+    model.to_empty(device="cpu")
+    state = model.state_dict()
+    dcp.load(state, checkpoint_id=str(run / "checkpoint" / "step-3"))
+    dcp.save(state, checkpoint_id=str(target))
 
 
 def _check_experts(folder, trained, shared):
