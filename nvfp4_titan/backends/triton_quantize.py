@@ -269,8 +269,11 @@ def quantize_columns(
             words = random_words(*position, block_amax, counted, stream, key_low, key_high)
         factor = gemm_factor_bits(value, gemm_factor(amax, FORMAT.encode_max))
     start = slot_block.to(tl.int64) * K
-    values_start = values_ptr + start * BLOCK + columns
-    codes_start = codes_ptr + start * (BLOCK // A_BYTE) + columns
+    # One address in 64 bits each; what is not written has no pointer.
+    if VALUES:
+        values_start = values_ptr + start * BLOCK + columns
+    if PACKED:
+        codes_start = codes_ptr + start * (BLOCK // A_BYTE) + columns
     for i in tl.static_range(BLOCK):
         if A_BYTE == 2:
             lanes = e2m1(tile[i], encode, words[i // 4], i % 4, SR, PACKED, PTX)

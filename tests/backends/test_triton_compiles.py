@@ -182,8 +182,10 @@ def compiled(case, arch):
         constants["PTX"] = LEVELS[arch]
     if constants.get("GROUPS") in (0, 1):
         constants["offs_ptr"] = None
-    unused = [n for n in ("row", "col") if constants.get(n.upper()) is False]
-    constants |= {f"{n}_{part}_ptr": None for n in unused for part in ("codes", "scale", "values")}
+    for name in ("ROW", "COL") if kernel is _quantize_kernel else ():
+        for part, written in (("codes", "PACKED"), ("scale", "PACKED"), ("values", "VALUES")):
+            if not constants[f"{name}_{written}"]:
+                constants[f"{name.lower()}_{part}_ptr"] = None
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
