@@ -68,12 +68,12 @@ def test_peak_memory_is_that_of_a_shard(tmp_path):
     sizes = {n: write_run(tmp_path / f"run_{n}", n, flavors) for n in LAYERS}
     from nvfp4_titan.titan.finalize import FinalizeOptions, finalize
 
+    options = FinalizeOptions("bf16", dtype="float32", shard_bytes=2**24)
+    finalize(tmp_path / "run_12", tmp_path / "hf_12", options)
     for n in LAYERS:
-        options = FinalizeOptions("bf16", dtype="float32", shard_bytes=2**24)
-        finalize(tmp_path / f"run_{n}", tmp_path / f"hf_{n}", options)
         del flavors[f"of_{n}"]
     (tmp_path / "out").mkdir()
-    sources = [str(tmp_path / f"{kind}_{n}") for n in LAYERS for kind in ("run", "hf")]
+    sources = [str(tmp_path / name) for name in ("run_1", "run_12", "hf_12")]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "out"), *sources],
         capture_output=True,
@@ -82,7 +82,7 @@ def test_peak_memory_is_that_of_a_shard(tmp_path):
         env={**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path))},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    *_, small, run, hf = map(int, done.stdout.split())
+    small, run, hf = map(int, done.stdout.split())
     print(f"{sizes[LAYERS[1]]:,} bytes of weights; peak grew by {run - small:,} and {hf - run:,}")
     assert sizes[LAYERS[1]] > 6 * 2**24
-    assert max(run, hf) - small < sizes[LAYERS[1]] / 2  # measured: 0 to 0.27; all of it held: 0.98
+    assert max(run, hf) - small < sizes[LAYERS[1]] / 2  # 0.27 on a CPU; all of it held: 0.98
