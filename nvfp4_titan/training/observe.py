@@ -251,7 +251,8 @@ class _Site:
         if not isinstance(p, DTensor) or "ep" not in (p.device_mesh.mesh_dim_names or ()):
             return 0, p.shape[0]
         mesh, count = p.device_mesh, p.shape[0]
-        rank, size = mesh.get_local_rank("ep"), mesh.size(mesh.mesh_dim_names.index("ep"))
+        dim = mesh.mesh_dim_names.index("ep")
+        rank, size = mesh.get_coordinate()[dim], mesh.size(dim)
         first = first_index(count, rank, size)
         return first, first_index(count, rank + 1, size) - first
 

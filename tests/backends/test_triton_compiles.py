@@ -131,6 +131,7 @@ CASES = {
 HOPPER_ONLY = (
     *("amax of groups", "x", "groups of x", "fp32 x", "mxfp8 x", "nvfp4 and mxfp8 x"),
     *("nvfp4 and mxfp8 w", "four over six w", "unpack mxfp8 columns", "dequantize"),
+    *("int rows", "grouped dgrad"),
 )
 
 
