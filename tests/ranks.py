@@ -5,6 +5,7 @@ torch.device. GPU cases need two GPUs; where there are two they run, and what fa
 """
 
 import os
+import socket
 from unittest.mock import patch
 
 import pytest
@@ -29,6 +30,13 @@ def environment(device: str) -> dict[str, str]:
     if device == "cpu":
         return {"CUDA_VISIBLE_DEVICES": ""}
     return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # the same sums in every run
+
+
+def free_port() -> int:
+    """A port of this host; use it at once, before a connection is given it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def spawn(function, device: str, world: int, folder, *args) -> list:

@@ -2,13 +2,13 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ranks import free_port
 from support import logged_losses
 
 ROOT = Path(__file__).parents[2]
@@ -90,12 +90,9 @@ def test_two_nodes(tmp_path):
 
     The worker of one is killed: both agents restart theirs, and the job resumes.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        head = f"localhost:{probe.getsockname()[1]}"
     variables = environment(
-        NNODES="2", HEAD=head, NGPU="1", NO_VENV="1", LOG_RANK="0", MAX_RESTARTS="1",
-        FAIL_AT="signal,4",
+        NNODES="2", HEAD=f"localhost:{free_port()}", NGPU="1", NO_VENV="1", LOG_RANK="0",
+        MAX_RESTARTS="1", FAIL_AT="signal,4",
     )  # fmt: skip
     command = [
         str(ROOT / "scripts" / "multinode.sh"), *OPTIONS, "--training.steps=4",

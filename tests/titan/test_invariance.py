@@ -8,7 +8,6 @@ are compared: dy's, which are rounded stochastically, included.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from ranks import environment, on_devices
+from ranks import environment, free_port, on_devices
 from tokenizers import Tokenizer
 
 from nvfp4_titan.titan.corpus import tokenizer_path
@@ -97,12 +96,6 @@ def device_options(device):
     return ["--debug.deterministic", "--debug.deterministic_warn_only"]
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def start(command, folder, world, device):
     """Run a command on every rank; raises with the log of the first that failed."""
     variables = environment(device) | {
@@ -157,10 +150,7 @@ def results(tmp_path_factory):
                     argv.append(f"--nvfp4.numerics_log_freq={STEPS + 1}")
                 out = str(folder / name)
                 steps = 2 if name in SHORT else STEPS
-                jobs.append(
-                    {"argv": argv, "tokens": text(), "port": free_port(), "out": out,
-                     "steps": steps}
-                )  # fmt: skip
+                jobs.append({"argv": argv, "tokens": text(), "out": out, "steps": steps})
         torch.save(jobs, folder / f"{world}.pt")
         script = str(Path(__file__).with_name("train_rank.py"))
         start([sys.executable, script, str(folder / f"{world}.pt")], folder, world, device)

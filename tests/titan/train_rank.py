@@ -1,8 +1,8 @@
 """One rank of the invariance tests' runs: torchtitan's Trainer, fed with given batches.
 
 `python train_rank.py SPEC`: a torch.save of a list of jobs, each a dict of `argv` (torchtitan's
-options), `tokens` (steps, sequences, length + 1), `steps` after which it ends, `port` and `out`,
-the folder for what this rank saw: the losses by step, per weight the operands that the first step
+options), `tokens` (steps, sequences, length + 1), `steps` after which it ends, and `out`, the
+folder for what this rank saw: the losses by step, per weight the operands that the first step
 quantized, and the number of weights that FSDP gathers in codes.
 """
 
@@ -15,6 +15,7 @@ import torch
 from nvfp4_titan.titan import cpu_runtime
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+from ranks import free_port  # noqa: E402
 from support import recording  # noqa: E402
 
 
@@ -66,10 +67,12 @@ def gathered_in_codes(model_parts):
     )
 
 
-def run(job, rank):
+def run(job, rank, store):
     from nvfp4_titan.titan.trainer import NVFP4Trainer, parse
 
-    os.environ["MASTER_PORT"] = str(job["port"])
+    if rank == 0:  # now, and not when the jobs were made: connections of others take ports, too
+        store.set(job["out"], str(free_port()))
+    os.environ["MASTER_PORT"] = store.get(job["out"]).decode()
     config = parse(job["argv"])
     trainer = NVFP4Trainer(config)
     mesh = trainer.parallel_dims.get_optional_mesh("batch")
@@ -98,8 +101,9 @@ def main():
     torch.set_num_threads(1)
     cpu_runtime.install()
     cpu_runtime.patch_moe()
+    store = torch.distributed.FileStore(f"{sys.argv[1]}.store", int(os.environ["WORLD_SIZE"]))
     for job in torch.load(sys.argv[1]):
-        run(job, int(os.environ["RANK"]))
+        run(job, int(os.environ["RANK"]), store)
 
 
 if __name__ == "__main__":
