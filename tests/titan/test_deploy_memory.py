@@ -1,6 +1,7 @@
 """Finalize holds about a shard: 12 times the layers do not take 12 times the memory.
 
-The system's peak of a process of its own is what is measured: PyTorch's memory is not Python's.
+What Linux calls the peak of a process of its own is measured: PyTorch's memory is not Python's, and
+getrusage's peak counts that of the process that started it.
 """
 
 import json
@@ -15,7 +16,7 @@ from torch.distributed import checkpoint as dcp
 LAYERS = (1, 12)
 # Another model of the same layers first: what the program itself takes is in its peak.
 MEASURE = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from nvfp4_titan.titan import cpu_runtime
 cpu_runtime.install()
@@ -25,7 +26,8 @@ register()
 options = FinalizeOptions("nvfp4_weight_only", shard_bytes=2**22)
 for source in sys.argv[2:]:
     finalize(Path(source), Path(sys.argv[1]) / Path(source).name, options)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    status = Path("/proc/self/status").read_text()
+    print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]))
 """
 
 
@@ -63,6 +65,7 @@ def write_run(folder, layers, flavors):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc/self/status")
 def test_peak_memory_is_that_of_a_shard(tmp_path):
     flavors = register()
     sizes = {n: write_run(tmp_path / f"run_{n}", n, flavors) for n in LAYERS}
@@ -85,4 +88,4 @@ def test_peak_memory_is_that_of_a_shard(tmp_path):
     small, run, hf = map(int, done.stdout.split())
     print(f"{sizes[LAYERS[1]]:,} bytes of weights; peak grew by {run - small:,} and {hf - run:,}")
     assert sizes[LAYERS[1]] > 6 * 2**24
-    assert max(run, hf) - small < sizes[LAYERS[1]] / 2  # 0.27 on a CPU; all of it held: 0.98
+    assert max(run, hf) - small < sizes[LAYERS[1]] / 2  # 0.05 to 0.27; held whole: 0.9
