@@ -227,7 +227,7 @@ def quantize_triton(
         cols: Its use along the dim before, or None.
         amax: (2, E) fp32; not read where no use has a scale per tensor.
         outputs: Codes, scales (of the formats' dtypes), values (bf16) of the row operand, then of
-            the column operand, in the layout of triton_quantize.py; any tensor where unused.
+            the column operand, in the layout of triton_quantize.py; any where unused, best empty.
         streams: SR streams of the two uses.
         key: SR key.
         offset: Global (row, column) of t's first element.
@@ -239,7 +239,8 @@ def quantize_triton(
     launches = _QUANTIZED.get(kind) or _QUANTIZED.make(
         kind, _quantize_launches, t.shape, flat, offs, rows, cols
     )
-    pointers = [_as_integers(o) for o in outputs]
+    # None where nothing is written, as the kernel is compiled ahead of time, too.
+    pointers = [_as_integers(o) if o.numel() else None for o in outputs]
     counters = (*offset, *streams, *_words(key))
     for part in launches:
         part(flat, flat.stride(0), offs, amax, *pointers, *part.sizes, *counters)
