@@ -89,7 +89,7 @@ def quantize_native(
     slots = Slots.of(t.shape, offs)
     uses = [_use(spec and spec + "/p") for spec in (rows, cols)]
     if amax is None:
-        amaxes = amax_triton(t, slots, *uses)
+        amaxes = amax_triton(t, offs, *uses, (2, slots.groups))
     else:
         amaxes = amax.to(torch.float32, copy=True).reshape(2, slots.groups)
     groups = None if offs is None else slots.groups

@@ -130,32 +130,23 @@ def _warps(columns: int, share: int = 1) -> int:
 
 def amax_triton(
     t: torch.Tensor,
-    slots: Slots,
-    rows: Use | None,
-    cols: Use | None,
-) -> torch.Tensor:
-    """Amaxes of a tensor's two uses.
-
-    Args:
-        t: (M, K) or (E, N, K), fp32, bf16 or fp16.
-        slots: Its groups, in blocks of 16.
-        rows: Its use along the last dim, or None.
-        cols: Its use along the dim before, or None.
-
-    Returns:
-        (2, E) fp32, 0 where a use is None or has no scale per tensor.
-    """
-    return take_amaxes(t, slots.offs, rows, cols, (2, slots.groups))
-
-
-def take_amaxes(
-    t: torch.Tensor,
     offs: torch.Tensor | None,
     rows: Use | None,
     cols: Use | None,
     shape: tuple[int, ...],
 ) -> torch.Tensor:
-    """`amax_triton` in a shape of 2E elements; `offs`: group ends of tokens, or None."""
+    """Amaxes of a tensor's two uses.
+
+    Args:
+        t: (M, K) or (E, N, K), fp32, bf16 or fp16.
+        offs: Group ends of tokens, or None.
+        rows: Its use along the last dim, or None.
+        cols: Its use along the dim before, or None.
+        shape: (2, ...) of 2E elements.
+
+    Returns:
+        fp32 of that shape, 0 where a use is None or has no scale per tensor.
+    """
     amax = torch.zeros(shape, dtype=torch.int32, device=t.device)
     flat = _flat(t)
     if flat.numel():

@@ -123,9 +123,8 @@ def _amaxes_shape(
 @functional_op("triton_amax")
 def amax(t: torch.Tensor, offs: torch.Tensor | None, rows: str, cols: str) -> torch.Tensor:
     """Amaxes (2,) of the two uses of t (M, K), or (2, E) where t is grouped."""
-    launch = _module("triton_launch")
-    amaxes = launch.amax_triton(t, launch.Slots.of(t.shape, offs), _use(rows), _use(cols))
-    return amaxes.view(2, *_groups(t, offs))
+    amax_triton = _module("triton_launch").amax_triton
+    return amax_triton(t, offs, _use(rows), _use(cols), (2, *_groups(t, offs)))
 
 
 @fake_of("triton_amax")
@@ -151,7 +150,7 @@ def quantize(
     if 0 in shape:
         amaxes = t.new_empty(shape, dtype=torch.float32)
     elif amax is None:
-        amaxes = launch.take_amaxes(t, offs, *uses, shape)
+        amaxes = launch.amax_triton(t, offs, *uses, shape)
     else:
         amaxes = amax.to(torch.float32, copy=True).reshape(shape)
     # Nothing is launched for an empty tensor, whose groups have slots all the same.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -65,7 +66,8 @@ def quantize_kernels(t: torch.Tensor, offs: torch.Tensor | None) -> dict[str, Ke
     for name, uses in USES.items():
         if offs is not None and name == "w":
             continue
-        amax = launch.amax_triton(t, slots, *uses)
+        take = partial(launch.amax_triton, t, offs, *uses, (2, slots.groups))
+        amax = take()
 
         def quantize(uses=uses, amax=amax):
             launch.quantize_triton(t, offs, *uses, amax, outputs, [0, 1], 12345678901234, (0, 0))
@@ -73,8 +75,7 @@ def quantize_kernels(t: torch.Tensor, offs: torch.Tensor | None) -> dict[str, Ke
         moved = 2 * elements + sum(written(use, elements) for use in uses)
         kernels[f"triton quantize {name}"] = Kernel(quantize, moved)
         if name != "dy":
-            run = lambda uses=uses: launch.amax_triton(t, slots, *uses)  # noqa: E731
-            kernels[f"triton amax {name}"] = Kernel(run, 2 * elements)
+            kernels[f"triton amax {name}"] = Kernel(take, 2 * elements)
     for name, (codes, scale, values), along_rows in (
         ("w", outputs[:3], False),
         ("x", outputs[3:], True),
