@@ -16,21 +16,19 @@ Exit status: 0 all judged variants pass; 1 one does not, or a run failed, is mis
 its control; 2 a setting that cannot be used; 3 the time limit came first.
 """
 
-import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
-from nvfp4_titan.convergence.archive import pack_finished, unpack
+from nvfp4_titan.convergence.archive import carried
 from nvfp4_titan.convergence.check import Found, Plan, read_all, run_all, verdicts
-from nvfp4_titan.convergence.launch import OutOfTime
+from nvfp4_titan.convergence.command import exit_status, split_options
 from nvfp4_titan.convergence.variants import parse_variant
 from nvfp4_titan.convergence.verdict import Thresholds
-from nvfp4_titan.errors import UserError
 
-NOT_PASSED, USAGE, OUT_OF_TIME, INTERRUPTED = 1, 2, 3, 130
+NOT_PASSED = 1
 
 
 @dataclass
@@ -68,38 +66,26 @@ class Arguments:
 
 
 def main(argv: list[str]) -> int:
-    split = argv.index("--") if "--" in argv else len(argv)
-    arguments = tyro.cli(Arguments, args=argv[:split])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        plan = Plan(
-            arguments.config,
-            arguments.runs,
-            tuple(map(parse_variant, arguments.variants)),
-            arguments.seeds,
-            arguments.ablation_seeds,
-            tuple(argv[split + 1 :]),
-            arguments.checkpoint_interval,
-        )
-        for archive in arguments.take:
-            print(f"{archive}: took {', '.join(unpack(archive, arguments.runs)) or 'nothing new'}")
-        try:
-            found = run_all(plan, arguments.time_limit) if arguments.launch else read_all(plan)
-        finally:
-            if packed := pack_finished(arguments.runs, arguments.pack):
-                print(packed)
-        if not arguments.report:
-            return NOT_PASSED if found.errors else 0
-        return _report(arguments, plan, found)
-    except OutOfTime as stop:
-        print(f"{stop}", file=sys.stderr)
-        return OUT_OF_TIME
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE
-    except KeyboardInterrupt:
-        print("interrupted: call it again to go on", file=sys.stderr)
-        return INTERRUPTED
+    own, options = split_options(argv)
+    arguments = tyro.cli(Arguments, args=own)
+    return exit_status(lambda: _check(arguments, options))
+
+
+def _check(arguments: Arguments, options: tuple[str, ...]) -> int:
+    plan = Plan(
+        arguments.config,
+        arguments.runs,
+        tuple(map(parse_variant, arguments.variants)),
+        arguments.seeds,
+        arguments.ablation_seeds,
+        options,
+        arguments.checkpoint_interval,
+    )
+    with carried(arguments.runs, arguments.take, arguments.pack):
+        found = run_all(plan, arguments.time_limit) if arguments.launch else read_all(plan)
+    if not arguments.report:
+        return NOT_PASSED if found.errors else 0
+    return _report(arguments, plan, found)
 
 
 def _report(arguments: Arguments, plan: Plan, found: Found) -> int:

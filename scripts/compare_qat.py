@@ -11,7 +11,6 @@ On a machine that keeps no folder, a recipe that OUTPUT.json or a --take file ho
 again. Exit status: 0 done, 2 a setting that cannot be used, 3 the time limit came first.
 """
 
-import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from nvfp4_titan.convergence.launch import OutOfTime
+from nvfp4_titan.convergence.command import exit_status, split_options
 from nvfp4_titan.deploy.table import (
     TableOptions,
     format_tables,
@@ -30,10 +29,7 @@ from nvfp4_titan.deploy.table import (
     read_tables,
     write_tables,
 )
-from nvfp4_titan.errors import UserError
 from nvfp4_titan.titan import cpu_runtime
-
-USAGE, OUT_OF_TIME, INTERRUPTED = 2, 3, 130
 
 
 @dataclass
@@ -59,27 +55,14 @@ class Arguments:
 
 
 def main(argv: list[str]) -> int:
-    split = argv.index("--") if "--" in argv else len(argv)
-    arguments = tyro.cli(Arguments, args=argv[:split])
-    extra = tuple(argv[split + 1 :])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    own, extra = split_options(argv)
+    arguments = tyro.cli(Arguments, args=own)
     cpu_runtime.install()
-    try:
-        tables = _make(arguments, extra, " ".join(["scripts/compare_qat.py", *argv]))
-    except OutOfTime as stop:
-        print(f"{stop}", file=sys.stderr)
-        return OUT_OF_TIME
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE
-    except KeyboardInterrupt:
-        print("interrupted: call it again to go on", file=sys.stderr)
-        return INTERRUPTED
-    print(format_tables(tables))
-    return 0
+    command = " ".join(("scripts/compare_qat.py", *argv))
+    return exit_status(lambda: _compare(arguments, extra, command))
 
 
-def _make(arguments: Arguments, extra: tuple[str, ...], command: str) -> list[dict]:
+def _compare(arguments: Arguments, extra: tuple[str, ...], command: str) -> int:
     from nvfp4_titan.titan import job_config  # noqa: F401  registers flavors and datasets
     from nvfp4_titan.titan.qat_table import Comparison
 
@@ -98,7 +81,8 @@ def _make(arguments: Arguments, extra: tuple[str, ...], command: str) -> list[di
     write_tables(arguments.output, tables)
     if arguments.plot:
         plot_tables(arguments.output, tables)
-    return tables
+    print(format_tables(tables))
+    return 0
 
 
 def _device(name: str) -> str:

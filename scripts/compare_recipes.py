@@ -12,21 +12,19 @@ Exit status: 0 the table is whole; 1 a run failed; 2 a setting that cannot be us
 came first.
 """
 
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from nvfp4_titan.convergence.archive import pack_finished, unpack
+from nvfp4_titan.convergence.archive import carried
 from nvfp4_titan.convergence.check import Found, Plan, run_all
-from nvfp4_titan.convergence.launch import OutOfTime
+from nvfp4_titan.convergence.command import exit_status, split_options
 from nvfp4_titan.convergence.recipes import ROWS, format_table, table
 from nvfp4_titan.convergence.variants import parse_variant
-from nvfp4_titan.errors import UserError
 
-FAILED, USAGE, OUT_OF_TIME, INTERRUPTED = 1, 2, 3, 130
+FAILED = 1
 
 
 @dataclass
@@ -55,35 +53,23 @@ class Arguments:
 
 
 def main(argv: list[str]) -> int:
-    split = argv.index("--") if "--" in argv else len(argv)
-    arguments = tyro.cli(Arguments, args=argv[:split])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        plan = Plan(
-            arguments.config,
-            arguments.runs,
-            tuple(map(parse_variant, arguments.rows)),
-            (arguments.seed,),
-            options=tuple(argv[split + 1 :]),
-            checkpoint_interval=arguments.checkpoint_interval,
-        )
-        for archive in arguments.take:
-            print(f"{archive}: took {', '.join(unpack(archive, arguments.runs)) or 'nothing new'}")
-        try:
-            found = run_all(plan, arguments.time_limit)
-        finally:
-            if packed := pack_finished(arguments.runs, arguments.pack):
-                print(packed)
-        return _report(arguments.output, found)
-    except OutOfTime as stop:
-        print(f"{stop}", file=sys.stderr)
-        return OUT_OF_TIME
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE
-    except KeyboardInterrupt:
-        print("interrupted: call it again to go on", file=sys.stderr)
-        return INTERRUPTED
+    own, options = split_options(argv)
+    arguments = tyro.cli(Arguments, args=own)
+    return exit_status(lambda: _compare(arguments, options))
+
+
+def _compare(arguments: Arguments, options: tuple[str, ...]) -> int:
+    plan = Plan(
+        arguments.config,
+        arguments.runs,
+        tuple(map(parse_variant, arguments.rows)),
+        (arguments.seed,),
+        options=options,
+        checkpoint_interval=arguments.checkpoint_interval,
+    )
+    with carried(arguments.runs, arguments.take, arguments.pack):
+        found = run_all(plan, arguments.time_limit)
+    return _report(arguments.output, found)
 
 
 def _report(output: Path, found: Found) -> int:

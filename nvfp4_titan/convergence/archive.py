@@ -5,7 +5,8 @@ Runs made on a machine that keeps nothing travel in it, and count elsewhere as i
 
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -51,6 +52,27 @@ def pack_finished(runs: Path, archive: Path | None) -> str:
         return f"{archive}: {', '.join(pack(folders, archive))}"
     except ConfigError as error:
         return str(error)
+
+
+@contextmanager
+def carried(runs: Path, take: Iterable[Path], archive: Path | None) -> Iterator[None]:
+    """Take runs out of archives before, and pack what has finished after, however far it got.
+
+    Args:
+        runs: Folder of dump folders.
+        take: Archives to take from.
+        archive: File to write, or None.
+
+    Raises:
+        ConfigError: a file of `take` is no archive of runs.
+    """
+    for given in take:
+        print(f"{given}: took {', '.join(unpack(given, runs)) or 'nothing new'}")
+    try:
+        yield
+    finally:
+        if packed := pack_finished(runs, archive):
+            print(packed)
 
 
 def unpack(archive: Path, folder: Path) -> list[str]:
