@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConfigError
-from .launch import REQUEST, Job, OutOfTime
+from .launch import REQUEST, Job, OutOfTime, check_config
 from .recipes import CONTROL
 from .runs import Run, read_run
 from .variants import Variant
@@ -47,8 +47,7 @@ class Plan:
     checkpoint_interval: int = 500
 
     def __post_init__(self):
-        if not self.config.is_file():
-            raise ConfigError(f"config file {self.config} is not there: see train_configs/")
+        check_config(self.config)
         if not self.variants or self.variants[0].recipe != CONTROL:
             raise ConfigError(f"the first variant must be the control, {CONTROL}")
         names = [variant.name for variant in self.variants]

@@ -33,6 +33,16 @@ class OutOfTime(UserError):
     """The time limit ended before all jobs did; the same command goes on."""
 
 
+def check_config(config: Path) -> None:
+    """Check that a job's TOML is there, before anything runs.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not config.is_file():
+        raise ConfigError(f"config file {config} is not there: see train_configs/")
+
+
 @dataclass(frozen=True)
 class Job:
     """A run to make.

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..convergence.launch import Job, OutOfTime
+from ..convergence.launch import Job, OutOfTime, check_config
 from ..convergence.runs import Run, read_run
 from ..deploy.table import TableOptions
 from .evaluate import evaluate
@@ -30,6 +30,9 @@ class Comparison:
         options: TableOptions.
         extra: torchtitan's options of every run.
         deadline: `time.monotonic()` after which nothing new is begun; a run is saved and stopped.
+
+    Raises:
+        ConfigError: the TOML is not there.
     """
 
     config: Path
@@ -37,6 +40,9 @@ class Comparison:
     options: TableOptions
     extra: tuple[str, ...] = ()
     deadline: float | None = None
+
+    def __post_init__(self):
+        check_config(self.config)
 
     def parts(self, recipes: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
         """Train, finalize and evaluate: (recipe, its part of the table) as each is done.

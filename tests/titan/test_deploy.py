@@ -261,6 +261,13 @@ def test_one_file_holds_tables_of_several_machines(tmp_path):
         read_tables(tmp_path / "qat.json")
 
 
+def test_a_comparison_needs_its_toml(tmp_path):
+    from nvfp4_titan.titan.qat_table import Comparison
+
+    with pytest.raises(ConfigError, match="is not there: see train_configs"):
+        Comparison(tmp_path / "no.toml", tmp_path, TableOptions())
+
+
 def test_int4_packing_round_trips_as_compressed_tensors_packs():
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
