@@ -11,6 +11,7 @@ each GEMM over all, and the warnings.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -30,11 +31,14 @@ class NumericsLog:
         model_parts: Converted models, as the trainer holds them.
         frequency: Every how many steps; the first one too. 0 never does anything.
         folder: The run's dump folder.
+        pp_schedule: torch.distributed.pipelining's, under pipeline parallelism.
     """
 
-    def __init__(self, model_parts: list[nn.Module], frequency: int, folder: Path):
+    def __init__(self, model_parts: list[nn.Module], frequency: int, folder: Path, pp_schedule=None):
         self._frequency, self._folder = frequency, folder
         self._observer = Observer(model_parts) if frequency else None
+        if self._observer and pp_schedule is not None:
+            _forget_metadata_inference(pp_schedule, self._observer)
         self._last: Figures = {}
         self._lowest: dict[tuple[str, str], float] = {}
         self._warned: dict[tuple[str, str, str], str] = {}
@@ -86,6 +90,27 @@ class NumericsLog:
             "last": {f"{fqn} {what}": values for (fqn, what), values in self._last.items()},
         }
         (self._folder / FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _forget_metadata_inference(pp_schedule, observer: Observer) -> None:
+    """Have the observer forget what stages compute only to find out shapes and dtypes.
+
+    Before their first microbatch, and again between validation and training, they send zeros, ones
+    or uninitialized memory through the model.
+    """
+
+    def forgetting(prepare):
+        @wraps(prepare)
+        def prepare_and_forget(*args, **kwargs):
+            found = prepare(*args, **kwargs)
+            observer.forget()
+            return found
+
+        return prepare_and_forget
+
+    for stage in getattr(pp_schedule, "_stages", None) or [pp_schedule._stage]:
+        for name in ("_prepare_forward_infra", "_prepare_backward_infra"):
+            setattr(stage, name, forgetting(getattr(stage, name)))
 
 
 def _of_all_ranks(own: dict) -> list[dict]:

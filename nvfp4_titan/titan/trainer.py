@@ -55,7 +55,8 @@ class NVFP4Trainer(Trainer):
         self.formats = _schedule(job_config, self.model_parts) if converted else FormatSchedule(())
         frequency = job_config.nvfp4.numerics_log_freq if converted else 0
         folder = Path(job_config.job.dump_folder)
-        self.numerics = NumericsLog(self.model_parts, frequency, folder)
+        schedule = getattr(self, "pp_schedule", None)
+        self.numerics = NumericsLog(self.model_parts, frequency, folder, schedule)
         cpu_runtime.prepare_trainer(self.model_parts)
         if distributed.get_rank() == 0:
             record.write(job_config, self.model_parts)

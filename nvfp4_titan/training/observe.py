@@ -103,6 +103,12 @@ class Observer:
             site.sums.clear()
         return found
 
+    def forget(self) -> None:
+        """Drop what was seen: it was no training."""
+        for site in self._sites:
+            site.sums.clear()
+            site.clear()
+
 
 def clean_fqn(name: str) -> str:
     """A parameter's name without what wrappers put in between."""
@@ -125,9 +131,10 @@ class _Site:
     def __init__(self, fqn: str, module: nn.Module, name: str):
         self.fqn, self.module, self.name = fqn, module, name
         self.sums: dict[tuple[str, int], torch.Tensor] = {}
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forget the tensors on their way."""
         self.now: dict[str, _Seen] = {}
         self.backward = False
         # By address of codes: sampled columns of x and w for backward, the expert, and the codes:
@@ -141,7 +148,7 @@ class _Site:
 
     def detach(self) -> None:
         self._set(self._own)
-        self._clear()
+        self.clear()
 
     def _set(self, backend: Backend) -> None:
         if isinstance(self.module, NVFP4Linear):

@@ -55,7 +55,13 @@ RUNS = {
 
 # Experts alone in NVFP4, and both ranks' tokens in one microbatch: the same tokens per expert.
 _EXPERTS = ["--nvfp4.rules=*=bf16,layers.*.moe.experts*=nvfp4"]
-EXTRA = {"experts": [*_EXPERTS, "--training.local_batch_size=2"], "experts_ep": _EXPERTS}
+_DETERMINISTIC = ["--debug.deterministic", "--debug.deterministic_warn_only"]
+EXTRA = {
+    "experts": [*_EXPERTS, "--training.local_batch_size=2"],
+    "experts_ep": _EXPERTS,
+    # Memory that a stage leaves uninitialized to find out shapes is NaN then, not zeros by luck.
+    "pp": _DETERMINISTIC,
+}
 CONTROLS = {"experts_ep": "experts"}  # others': that of their model
 SHORT = ("experts", "experts_ep", "ep_tp", "ep_etp")
 """Runs that end after the second step: to save time."""
@@ -93,7 +99,7 @@ def device_options(device):
     if device == "cpu":
         return []
     # Not an error where torch has no deterministic kernel: what lacks one is not used here.
-    return ["--debug.deterministic", "--debug.deterministic_warn_only"]
+    return _DETERMINISTIC
 
 
 def start(command, folder, world, device):
