@@ -6,10 +6,12 @@ torch.device. GPU cases need two GPUs; where there are two they run, and what fa
 
 import os
 import socket
+from multiprocessing import forkserver
 from unittest.mock import patch
 
 import pytest
 import torch
+from support import do_not_sleep
 from torch import distributed, multiprocessing
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.multi_gpu)]
@@ -39,6 +41,53 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def start_ranks(function, world: int, variables: dict[str, str], *args) -> None:
+    """Call function(rank, *args) in a process per rank; raises with the traceback of one's error.
+
+    Where there is no GPU they are forked from a process that has imported what they need (`warm`):
+    to import torchtitan takes eight seconds. One that has looked for a GPU must not be forked.
+
+    Args:
+        function: A module's function.
+        world: Number of ranks.
+        variables: Environment variables of all ranks.
+        args: What spawned processes can be given.
+    """
+    method = "spawn"
+    if not torch.cuda.is_available():
+        method = "forkserver"
+        multiprocessing.set_forkserver_preload(["warm"])
+        path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+        with patch.dict(os.environ, PYTHONPATH=path):
+            forkserver.ensure_running()
+    arguments = function, world, variables, args
+    multiprocessing.start_processes(_process, arguments, nprocs=world, start_method=method)
+
+
+def train_on_ranks(world: int, argv: list[str], device: str = "cpu") -> None:
+    """Train as torchtitan's command line says, as torchrun would start it."""
+    start_ranks(_train, world, environment(device) | address(), argv)
+
+
+def address() -> dict[str, str]:
+    """Where ranks of this host meet; use it at once."""
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+def _train(rank, argv):
+    from nvfp4_titan.titan.launcher import train
+
+    do_not_sleep()
+    train(argv)
+
+
+def _process(rank, function, world, variables, args):
+    ranks = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update(variables | {name: str(value) for name, value in ranks.items()})
+    torch.set_num_threads(1)
+    function(rank, *args)
+
+
 def spawn(function, device: str, world: int, folder, *args) -> list:
     """Call function(rank, torch device, *args) on every rank of a process group.
 
@@ -52,13 +101,11 @@ def spawn(function, device: str, world: int, folder, *args) -> list:
     Returns:
         What each rank returned, its tensors on the CPU.
     """
-    with patch.dict(os.environ, environment(device)):
-        multiprocessing.spawn(_rank, (function, device, world, str(folder), args), nprocs=world)
+    start_ranks(_rank, world, environment(device), function, device, world, str(folder), args)
     return [torch.load(folder / f"{rank}.pt", map_location="cpu") for rank in range(world)]
 
 
 def _rank(rank, function, device, world, folder, args):
-    torch.set_num_threads(1)
     here = torch.device(device, rank if device == "cuda" else None)
     if device == "cuda":
         torch.cuda.set_device(here)

@@ -1,9 +1,11 @@
 """What several tests measure with."""
 
 import math
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -135,3 +137,10 @@ def logged_scalars(dump_folder: Path, name: str) -> dict[int, float]:
             for event in events.Scalars(name):
                 assert found.setdefault(event.step, event.value) == event.value
     return found
+
+
+def do_not_sleep() -> None:
+    """Have torchtitan's rank 0 end without the two seconds that it gives the others to."""
+    import torchtitan.train
+
+    torchtitan.train.time = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})

@@ -34,7 +34,9 @@ class NumericsLog:
         pp_schedule: torch.distributed.pipelining's, under pipeline parallelism.
     """
 
-    def __init__(self, model_parts: list[nn.Module], frequency: int, folder: Path, pp_schedule=None):
+    def __init__(
+        self, model_parts: list[nn.Module], frequency: int, folder: Path, pp_schedule=None
+    ):
         self._frequency, self._folder = frequency, folder
         self._observer = Observer(model_parts) if frequency else None
         if self._observer and pp_schedule is not None:

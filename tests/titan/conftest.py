@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from support import SMALL_RUN, logged_losses
+from support import SMALL_RUN, do_not_sleep, logged_losses
 
 from nvfp4_titan.titan import cpu_runtime
 
@@ -30,6 +30,8 @@ def single_rank(monkeypatch, tmp_path):
 def train(single_rank):
     """A function that trains in this process and returns the logged losses by step."""
     from nvfp4_titan.titan.trainer import run
+
+    do_not_sleep()
 
     def start(*argv: str, folder: str = "out") -> dict[int, float]:
         run([*SMALL_RUN, *argv, f"--job.dump_folder={single_rank / folder}"])

@@ -1,12 +1,10 @@
 """Checkpoints: exact resume, half-written ones, other formats, shardings and recipes."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from ranks import train_on_ranks
 from safetensors.torch import load_file
 from support import SMALL_RUN, logged_losses
 
@@ -87,14 +85,7 @@ def test_another_sharding_continues(train, single_rank):
         *SMALL_RUN, *argv, "--training.steps=4", "--parallelism.tensor_parallel_degree=2",
         f"--job.dump_folder={sharded}",
     ]  # fmt: skip
-    variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {k: v for k, v in os.environ.items() if k not in variables}
-    subprocess.run(
-        [sys.executable, "-m", "nvfp4_titan.train", *options],
-        env=environment | {"NGPU": "2"},
-        check=True,
-        capture_output=True,
-    )
+    train_on_ranks(2, options)
     middle = logged_losses(sharded)
     assert middle[3] == pytest.approx(whole[3], rel=1e-5)
     shutil.rmtree(sharded / "tb")

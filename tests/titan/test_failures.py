@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import free_port
+from ranks import free_port, train_on_ranks
 from support import logged_losses
 
 ROOT = Path(__file__).parents[2]
@@ -33,9 +33,7 @@ def environment(**extra):
 @pytest.mark.slow
 def test_a_killed_job_resumes_bit_for_bit(tmp_path):
     """Rank 1 gets SIGKILL three times, once before the first checkpoint; torchrun restarts."""
-    argv = [*OPTIONS, f"--job.dump_folder={tmp_path}/whole"]
-    command = [sys.executable, "-m", "nvfp4_titan.train", *argv]
-    subprocess.run(command, env=environment(NGPU="2"), check=True, capture_output=True)
+    train_on_ranks(2, [*OPTIONS, f"--job.dump_folder={tmp_path}/whole"])
     restarted = subprocess.run(
         [
             str(ROOT / "scripts" / "multinode.sh"),

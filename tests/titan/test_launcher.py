@@ -7,20 +7,36 @@ import sys
 import pytest
 
 from nvfp4_titan.errors import UserError
+from nvfp4_titan.titan.launcher import main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CONFIG = os.path.join(ROOT, "train_configs", "llama3_debug.toml")
 
 
 def launch(*argv, ngpu="1", config=CONFIG, cwd=None):
+    """A job in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "nvfp4_titan.train", f"--job.config_file={config}", *argv],
         env=environment | {"NGPU": ngpu},
         cwd=cwd,
         capture_output=True,
         text=True,
     )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch, capfd):
+    """The same in this process."""
+
+    def run(*argv, config=CONFIG):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delenv("RANK", raising=False)
+        status = main([f"--job.config_file={config}", *argv])
+        return status, *capfd.readouterr()
+
+    return run
 
 
 CASES = {
@@ -30,18 +46,25 @@ CASES = {
     "backend that this machine lacks": (["--nvfp4.backend=native"], "use backend = 'reference'"),
     "folder that is not there": (["--training.dataset_path=/nowhere"], "is not there"),
 }
-"""Through a process of their own: exit status and output."""
+
+
+def check_one_line_and_status_two(status, out, err, fragment):
+    assert status == 2, err[-2000:]
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert fragment in line
+    assert "Traceback" not in err + out
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_and_status_two(case, tmp_path):
+def test_one_line_and_status_two(case, start, tmp_path):
     argv, fragment = CASES[case]
-    done = launch(*argv, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr[-2000:]
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert fragment in line
-    assert "Traceback" not in done.stderr + done.stdout
+    check_one_line_and_status_two(*start(*argv), fragment)
     assert not list(tmp_path.glob("outputs/**/run_record.json"))
+
+
+def test_one_line_and_status_two_of_a_process(tmp_path):
+    argv, fragment = CASES["unknown recipe"]
+    check_one_line_and_status_two(*launch(*argv, cwd=tmp_path), fragment)
 
 
 CHECKED = {
@@ -110,31 +133,28 @@ def test_toml_of_wrong_keys_and_types(old, new, fragment, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("content", [None, "not toml"])
-def test_bad_config_file(tmp_path, content):
+def test_bad_config_file(start, tmp_path, content):
     config = tmp_path / "bad.toml"
     if content:
         config.write_text(content)
-    done = launch(config=str(config), cwd=tmp_path)
-    assert done.returncode == 2 and str(config) in done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
+    check_one_line_and_status_two(*start(config=str(config)), str(config))
 
 
 def test_several_workers_agree_on_the_status(tmp_path):
-    done = launch("--nvfp4.rules=layers.9.*=bf16", ngpu="2", cwd=tmp_path)
-    assert done.returncode == 2 and "matches no linear" in done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
-    assert "NGPU" in launch(ngpu="x", cwd=tmp_path).stderr
+    result = launch("--nvfp4.rules=layers.9.*=bf16", ngpu="2", cwd=tmp_path)
+    check_one_line_and_status_two(*result, "matches no linear")
 
 
-def test_help_shows_the_docstrings(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "nvfp4_titan.train", "--help"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"COLUMNS": "80"},
-    )
-    assert done.returncode == 0
-    words = " ".join(done.stdout.replace("\u2502", " ").split())
+def test_number_of_processes(start, monkeypatch):
+    monkeypatch.setenv("NGPU", "x")
+    check_one_line_and_status_two(*start(), "NGPU='x'")
+
+
+def test_help_shows_the_docstrings(start, monkeypatch, capfd):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        start("--help")
+    assert ended.value.code == 0
+    words = " ".join(capfd.readouterr().out.replace("\u2502", " ").split())
     for fragment in ("--nvfp4.recipe", "--nvfp4.bf16-last-fraction", "The last match wins; rules"):
         assert fragment in words

@@ -1,22 +1,18 @@
 """One rank of the invariance tests' runs: torchtitan's Trainer, fed with given batches.
 
-`python train_rank.py SPEC`: a torch.save of a list of jobs, each a dict of `argv` (torchtitan's
-options), `tokens` (steps, sequences, length + 1), `steps` after which it ends, and `out`, the
-folder for what this rank saw: the losses by step, per weight the operands that the first step
-quantized, and the number of weights that FSDP gathers in codes.
+A job is a dict of `argv` (torchtitan's options), `tokens` (steps, sequences, length + 1), `steps`
+after which it ends, and `out`, the folder for what this rank saw: the losses by step, per weight
+the operands that the first step quantized, and the number of weights that FSDP gathers in codes.
 """
 
 import os
-import sys
 from dataclasses import replace
 
 import torch
+from ranks import free_port
+from support import do_not_sleep, recording
 
 from nvfp4_titan.titan import cpu_runtime
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
-from ranks import free_port  # noqa: E402
-from support import recording  # noqa: E402
 
 
 class Batches:
@@ -97,14 +93,11 @@ def run(job, rank, store):
     torch.save(seen, os.path.join(job["out"], f"{rank}.pt"))
 
 
-def main():
-    torch.set_num_threads(1)
+def run_all(rank, path, world):
+    """Run the jobs that were saved to a file."""
     cpu_runtime.install()
     cpu_runtime.patch_moe()
-    store = torch.distributed.FileStore(f"{sys.argv[1]}.store", int(os.environ["WORLD_SIZE"]))
-    for job in torch.load(sys.argv[1]):
-        run(job, int(os.environ["RANK"]), store)
-
-
-if __name__ == "__main__":
-    main()
+    do_not_sleep()
+    store = torch.distributed.FileStore(f"{path}.store", world)
+    for job in torch.load(path):
+        run(job, rank, store)
