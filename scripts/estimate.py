@@ -18,6 +18,7 @@ import tyro
 # Before torch is imported: torchtitan must take the CPU for its device.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+from nvfp4_titan.convergence.command import split_options
 from nvfp4_titan.errors import UserError
 from nvfp4_titan.titan import cpu_runtime
 
@@ -37,14 +38,14 @@ class Arguments:
 
 
 def main(argv: list[str]) -> int:
-    split = argv.index("--") if "--" in argv else len(argv)
-    arguments = tyro.cli(Arguments, args=argv[:split])
+    own, options = split_options(argv)
+    arguments = tyro.cli(Arguments, args=own)
     cpu_runtime.install()
     # Imports torchtitan, which must see the CPU runtime.
     from nvfp4_titan.titan.estimate import compare, format_table
 
     try:
-        found = compare(arguments.config, arguments.ranks, argv[split + 1 :])
+        found = compare(arguments.config, arguments.ranks, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,6 +19,7 @@ import tyro
 
 from nvfp4_titan.bench.jobs import run_jobs, select
 from nvfp4_titan.bench.two_gpus import DEEPSEEK, LLAMA, PLANS, Settings, compared, plot
+from nvfp4_titan.convergence.command import split_options
 from nvfp4_titan.errors import UserError
 from nvfp4_titan.titan.corpus import tokenizer_path
 
@@ -64,7 +65,7 @@ class Arguments:
     budget: float = 540
     """Seconds of all."""
 
-    def settings(self, options: list[str]) -> Settings:
+    def settings(self, options: tuple[str, ...]) -> Settings:
         """What the plan is made from; options are torchtitan's, for every job."""
         given = {m: path for m, path in ((LLAMA, self.llama), (DEEPSEEK, self.deepseek)) if path}
         planned = zip((LLAMA, DEEPSEEK), SIZES[self.plan], strict=True)
@@ -80,13 +81,13 @@ class Arguments:
 
 
 def main(argv: list[str]) -> int:
-    split = argv.index("--") if "--" in argv else len(argv)
-    arguments = tyro.cli(Arguments, args=argv[:split])
+    own, options = split_options(argv)
+    arguments = tyro.cli(Arguments, args=own)
     path = arguments.output.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text())["runs"] if path.is_file() else {}
     try:
-        plan = PLANS[arguments.plan](arguments.settings(argv[split + 1 :]), arguments.folder)
+        plan = PLANS[arguments.plan](arguments.settings(options), arguments.folder)
         jobs = select(plan, arguments.only)
         for name, result in run_jobs(jobs, arguments.folder, arguments.timeout, arguments.budget):
             speed = f", {result['tokens_per_s']:,.0f} tokens/s" if "losses" in result else ""

@@ -16,7 +16,7 @@ Needs no GPU and must see none: torchtitan then takes the CPU for its device.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +74,7 @@ class Estimate:
 VARIANTS = {"bf16": "--model.converters=", "nvfp4": "--model.converters=nvfp4"}
 
 
-def compare(config: Path, world_size: int, options: list[str]) -> dict[str, Estimate]:
+def compare(config: Path, world_size: int, options: Sequence[str]) -> dict[str, Estimate]:
     """Estimates of a TOML's job in bf16 and in NVFP4.
 
     Args:
