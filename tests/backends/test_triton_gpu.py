@@ -40,27 +40,28 @@ def test_it_runs_here():
     assert TRITON.unavailable() is None and resolve("triton", device="cuda") is TRITON
 
 
-@settings(max_examples=200, deadline=None)
+# A format a case: every pair of formats and dtypes is a kernel to compile, in parallel.
+@pytest.mark.parametrize("col_use", FORMATS, ids=str)
+@settings(max_examples=200 // len(FORMATS), deadline=None)
 @given(
-    st.integers(1, 700),
-    st.integers(1, 700),
-    DTYPES,
-    st.sampled_from([None, *FORMATS]),
-    st.sampled_from(FORMATS),
-    st.floats(-38, 37.9),
-    st.integers(0, 99),
+    rows=st.integers(1, 700),
+    columns=st.integers(1, 700),
+    dtype=DTYPES,
+    row_use=st.sampled_from([None, *FORMATS]),
+    exponent=st.floats(-38, 37.9),
+    seed=st.integers(0, 99),
 )
 def test_oracle_bits(rows, columns, dtype, row_use, col_use, exponent, seed):
     check_quantize(draw((rows, columns), dtype, exponent, seed), row_use, col_use, "cuda")
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("col_use", TOKEN_FORMATS, ids=str)
+@settings(max_examples=100 // len(TOKEN_FORMATS), deadline=None)
 @given(
-    st.lists(st.integers(0, 100), min_size=1, max_size=20),
-    st.integers(1, 700),
-    DTYPES,
-    st.sampled_from(TOKEN_FORMATS),
-    st.sampled_from(TOKEN_FORMATS),
+    sizes=st.lists(st.integers(0, 100), min_size=1, max_size=20),
+    columns=st.integers(1, 700),
+    dtype=DTYPES,
+    row_use=st.sampled_from(TOKEN_FORMATS),
 )
 def test_oracle_bits_of_groups(sizes, columns, dtype, row_use, col_use):
     offs = torch.tensor(sizes).cumsum(0).to(torch.int32)
@@ -73,14 +74,14 @@ def test_oracle_bits_of_experts(fmt):
     check_quantize(draw((5, 100, 300), torch.bfloat16), fmt, fmt, "cuda")
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("col_use", OTHER_FORMATS, ids=str)
+@settings(max_examples=100 // len(OTHER_FORMATS), deadline=None)
 @given(
-    st.integers(1, 700),
-    st.integers(1, 700),
-    DTYPES,
-    st.sampled_from([None, X, *OTHER_FORMATS]),
-    st.sampled_from(OTHER_FORMATS),
-    st.floats(-38, 37.9),
+    rows=st.integers(1, 700),
+    columns=st.integers(1, 700),
+    dtype=DTYPES,
+    row_use=st.sampled_from([None, X, *OTHER_FORMATS]),
+    exponent=st.floats(-38, 37.9),
 )
 def test_oracle_bits_of_other_formats(rows, columns, dtype, row_use, col_use, exponent):
     check_quantize(draw((rows, columns), dtype, exponent), row_use, col_use, "cuda")
