@@ -61,7 +61,9 @@ def start_ranks(function, world: int, variables: dict[str, str], *args) -> None:
         with patch.dict(os.environ, PYTHONPATH=path):
             forkserver.ensure_running()
     arguments = function, world, variables, args
-    multiprocessing.start_processes(_process, arguments, nprocs=world, start_method=method)
+    # A spawned process must see the variables before it imports; a forked one gets them then.
+    with patch.dict(os.environ, variables):
+        multiprocessing.start_processes(_process, arguments, nprocs=world, start_method=method)
 
 
 def train_on_ranks(world: int, argv: list[str], device: str = "cpu") -> None:

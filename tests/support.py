@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nvfp4_titan.backends import BACKENDS, Backend
+from nvfp4_titan.titan import cpu_runtime
 
 GOLDEN = Path(__file__).parent / "golden" / "te_nvfp4.npz"
 
@@ -141,6 +142,7 @@ def logged_scalars(dump_folder: Path, name: str) -> dict[int, float]:
 
 def do_not_sleep() -> None:
     """Have torchtitan's rank 0 end without the two seconds that it gives the others to."""
-    import torchtitan.train
+    cpu_runtime.install()
+    import torchtitan.train  # must come after install()
 
     torchtitan.train.time = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})

@@ -23,6 +23,12 @@ OPTIONS = (
     "--checkpoint.interval=2",
 )
 KILLED_AT = (2, 5, 8)
+OUTPUT = {
+    "stdout": subprocess.PIPE,
+    "stderr": subprocess.STDOUT,
+    "text": True,
+    "errors": "replace",  # torchrun may cut into what one rank says with what another does
+}
 
 
 def environment(**extra):
@@ -50,12 +56,10 @@ def test_a_killed_job_resumes_bit_for_bit(tmp_path):
             NO_VENV="1",
             LOG_RANK="0,1",
         ),
-        capture_output=True,
-        text=True,
+        **OUTPUT,
     )
-    assert restarted.returncode == 0, restarted.stderr[-4000:]
-    log = restarted.stdout + restarted.stderr
-    loaded = re.findall(r"Loading the checkpoint from \S+/step-(\d+)", log)
+    assert restarted.returncode == 0, restarted.stdout[-4000:]
+    loaded = re.findall(r"Loading the checkpoint from \S+/step-(\d+)", restarted.stdout)
     assert set(loaded) == {"4", "6"}  # what starts three and four found; two found nothing
     whole = logged_losses(tmp_path / "whole")
     assert list(whole) == list(range(1, 9))
@@ -73,12 +77,11 @@ def test_nothing_hangs_when_one_rank_raises(tmp_path):
             f"--job.dump_folder={tmp_path}",
         ],
         env=environment(NGPU="2", FAIL_AT="raise,2", LOG_RANK="0,1"),
-        capture_output=True,
-        text=True,
+        **OUTPUT,
         timeout=300,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "injected" in done.stdout + done.stderr
+    assert "injected" in done.stdout
     assert time.monotonic() - start < 240
 
 
@@ -96,8 +99,7 @@ def test_two_nodes(tmp_path):
         str(ROOT / "scripts" / "multinode.sh"), *OPTIONS, "--training.steps=4",
         "--experimental.custom_import=nvfp4_titan.titan.fail_at", f"--job.dump_folder={tmp_path}",
     ]  # fmt: skip
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    agents = [subprocess.Popen(command, env=variables, **options) for _ in range(2)]
+    agents = [subprocess.Popen(command, env=variables, **OUTPUT) for _ in range(2)]
     logs = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(log[-3000:] for log in logs)
     assert any("Applied FSDP" in log for log in logs)
