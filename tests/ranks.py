@@ -66,9 +66,9 @@ def start_ranks(function, world: int, variables: dict[str, str], *args) -> None:
         multiprocessing.start_processes(_process, arguments, nprocs=world, start_method=method)
 
 
-def train_on_ranks(world: int, argv: list[str], device: str = "cpu") -> None:
-    """Train as torchtitan's command line says, as torchrun would start it."""
-    start_ranks(_train, world, environment(device) | address(), argv)
+def train_on_ranks(world: int, argv: list[str]) -> None:
+    """Train on a CPU as torchtitan's command line says, as torchrun would start it."""
+    start_ranks(_train, world, environment("cpu") | address(), argv)
 
 
 def address() -> dict[str, str]:

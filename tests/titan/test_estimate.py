@@ -1,6 +1,5 @@
 """Estimates of memory and traffic against runs of two ranks, within ten percent."""
 
-import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,7 +42,6 @@ def run(rank, device, folder):
     """What a rank of real jobs measured."""
     from torchtitan.models.deepseek_v3.model import args
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     args.has_cuda_capability = lambda *version: True  # grouped GEMMs, as on a GPU
     return {name: measure(config(name, f"{folder}/{name}")) for name in JOBS}
 

@@ -13,11 +13,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 CONFIG = os.path.join(ROOT, "train_configs", "llama3_debug.toml")
 
 
-def launch(*argv, ngpu="1", config=CONFIG, cwd=None):
+def launch(*argv, ngpu="1", cwd=None):
     """A job in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
-        [sys.executable, "-m", "nvfp4_titan.train", f"--job.config_file={config}", *argv],
+        [sys.executable, "-m", "nvfp4_titan.train", f"--job.config_file={CONFIG}", *argv],
         env=environment | {"NGPU": ngpu},
         cwd=cwd,
         capture_output=True,

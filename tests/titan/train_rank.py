@@ -95,9 +95,8 @@ def run(job, rank, store):
 
 def run_all(rank, path, world):
     """Run the jobs that were saved to a file."""
-    cpu_runtime.install()
-    cpu_runtime.patch_moe()
     do_not_sleep()
+    cpu_runtime.patch_moe()
     store = torch.distributed.FileStore(f"{path}.store", world)
     for job in torch.load(path):
         run(job, rank, store)
