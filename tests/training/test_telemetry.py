@@ -241,7 +241,7 @@ def test_the_worst_come_first():
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_figures_on_a_gpu_are_the_cpus(backend):
     model = converted()
-    x, dy = torch.randn(TOKENS, DIM), torch.randn(TOKENS, DIM)
+    x, dy = torch.randn(TOKENS, DIM), torch.randn(TOKENS, HIDDEN)
     found = []
     for device, name in (("cpu", "reference"), ("cuda", backend)):
         again = Model().to(device)
