@@ -79,6 +79,13 @@ class GatheredWeight(torch.Tensor):
         values = {name: getattr(self, name) for name in fields} | {"shape": self.whole}
         return GatheredWeight(**(values | changes))
 
+    def _on(self, device: torch.device | None) -> "GatheredWeight":
+        if device is None:
+            return self._with()
+        codes, scale = self.codes.to(device), self.scale.to(device)
+        amax = None if self.amax is None else self.amax.to(device)
+        return self._with(codes=codes, scale=scale, amax=amax)
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
@@ -88,7 +95,7 @@ class GatheredWeight(torch.Tensor):
             size = args[1] if func in (aten.view.default, aten.as_strided.default) else weight.shape
             dtype = (kwargs or {}).get("dtype") or weight.dtype
             if torch.Size(size) == weight.shape and dtype == weight.dtype:
-                return weight._with()
+                return weight._on((kwargs or {}).get("device"))
         if func is aten.t.default or func is aten.transpose.int:
             dims = {d % weight.dim() for d in args[1:]} or {0, 1}
             if dims == {weight.dim() - 2, weight.dim() - 1}:

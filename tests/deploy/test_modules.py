@@ -148,6 +148,19 @@ def test_bad_input():
         convert_prepared(model(True, torch.float32))
 
 
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_single", "mxfp8"])
+def test_a_converted_model_moves_to_a_device(recipe):
+    model = nn.Sequential(nn.Linear(64, 64))
+    prepare(model, recipe, backend="reference")
+    convert_prepared(model)
+    x = torch.randn(16, 64)
+    y = model(x)
+    assert torch.equal(model.to("cpu")(x), y)
+    weight = model.to("meta")[0].weight
+    parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+    assert {part.device.type for part in (weight, *parts)} == {"meta"}
+
+
 def test_one_module_is_not_converted_twice():
     for recipe, kind in (("nvfp4", NVFP4Linear), ("int8_act_int4_weight", FakeQuantizedLinear)):
         prepared = model(True, torch.float32)
