@@ -80,22 +80,19 @@ class GatheredWeight(torch.Tensor):
         return GatheredWeight(**(values | changes))
 
     def _on(self, device: torch.device | None) -> "GatheredWeight":
-        if device is None:
-            return self._with()
-        codes, scale = self.codes.to(device), self.scale.to(device)
-        amax = None if self.amax is None else self.amax.to(device)
-        return self._with(codes=codes, scale=scale, amax=amax)
+        parts, _ = self.__tensor_flatten__()
+        return self._with(**{name: getattr(self, name).to(device) for name in parts})
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        weight = args[0]
+        weight, options = args[0], kwargs or {}
         if func in _SAME:
             size = args[1] if func in (aten.view.default, aten.as_strided.default) else weight.shape
-            dtype = (kwargs or {}).get("dtype") or weight.dtype
+            dtype = options.get("dtype") or weight.dtype
             if torch.Size(size) == weight.shape and dtype == weight.dtype:
-                return weight._on((kwargs or {}).get("device"))
+                return weight._on(options.get("device"))
         if func is aten.t.default or func is aten.transpose.int:
             dims = {d % weight.dim() for d in args[1:]} or {0, 1}
             if dims == {weight.dim() - 2, weight.dim() - 1}:
