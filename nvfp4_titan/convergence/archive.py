@@ -90,10 +90,20 @@ def unpack(archive: Path, folder: Path) -> list[str]:
             names = {member.name.partition("/")[0] for member in members}
             taken = sorted(name for name in names if not _finished(folder / name))
             chosen = [m for m in members if m.name.partition("/")[0] in taken]
-            tar.extractall(folder, chosen, filter="data")
+            for member in chosen:
+                _write(tar, member, folder)
     except (tarfile.TarError, OSError) as error:
         raise ConfigError(f"{archive} cannot be read as an archive of runs: {error}") from error
     return taken
+
+
+def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    # As extractall(filter="data") does, which Python has from 3.11.4 on.
+    target = (folder / member.name).resolve()
+    if not member.isfile() or not target.is_relative_to(folder.resolve()):
+        raise tarfile.TarError(f"{member.name} is no file of a run")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(tar.extractfile(member).read())
 
 
 def _finished(folder: Path) -> bool:

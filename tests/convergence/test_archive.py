@@ -1,0 +1,40 @@
+"""Archives of finished runs: what is taken out of them, and what is refused."""
+
+import tarfile
+
+import pytest
+
+from nvfp4_titan.convergence.archive import pack, unpack
+from nvfp4_titan.convergence.launch import REQUEST
+from nvfp4_titan.errors import ConfigError
+
+
+def finished(folder):
+    folder.mkdir(parents=True)
+    (folder / REQUEST).write_text('{"finished": true}')
+    return folder
+
+
+def test_a_run_travels_and_one_that_is_there_stays(tmp_path):
+    archive, runs = tmp_path / "runs.tar.gz", tmp_path / "elsewhere"
+    assert pack([finished(tmp_path / "a"), finished(tmp_path / "b")], archive) == ["a", "b"]
+    kept = finished(runs / "b") / REQUEST
+    kept.write_text('{"finished": true, "own": 1}')
+    assert unpack(archive, runs) == ["a"]
+    assert (runs / "a" / REQUEST).read_text() == '{"finished": true}' and "own" in kept.read_text()
+
+
+@pytest.mark.parametrize("name", ["../outside/x", "/tmp/../outside/x"])
+def test_nothing_is_written_outside(tmp_path, name):
+    archive, runs = tmp_path / "runs.tar.gz", tmp_path / "runs"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(ConfigError, match="no file of a run"):
+        unpack(archive, runs)
+    assert not (tmp_path / "outside").exists()
+
+
+def test_what_is_no_archive(tmp_path):
+    (tmp_path / "x").write_text("no archive")
+    with pytest.raises(ConfigError, match="archive of runs"):
+        unpack(tmp_path / "x", tmp_path / "runs")
