@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from nvfp4_titan.convergence.check import Plan, read_all
 from nvfp4_titan.convergence.variants import ABLATIONS, parse_variant
@@ -31,6 +32,28 @@ def script():
     return module
 
 
+def own_text(folder: Path) -> tuple[str, ...]:
+    """Options for text and a tokenizer, one token a byte, that are the same with every Python.
+
+    The built-in text is the running Python's library: of 1,024 tokens of it that are validated on,
+    some builds have a table that is like the training's, others prose that is not.
+    """
+    (folder / "src").mkdir()
+    for name, lines in {"even": range(0, 4000, 2), "odd": range(1, 4000, 2)}.items():
+        # The last digits cannot be learned: no loss comes close to zero, where gaps grow.
+        text = "".join(f"x{i} = x{i % 31} + {pow(3, i, 9973)}\n" for i in lines)
+        (folder / "src" / f"{name}.py").write_text(text)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return (
+        f"--training.dataset_path={folder}/src",
+        f"--validation.dataset_path={folder}/src",
+        f"--model.hf_assets_path={folder}",
+    )
+
+
 class Interrupt(Exception):
     """In place of Ctrl-C, which pytest takes for itself."""
 
@@ -40,18 +63,21 @@ def test_a_check_from_end_to_end(tmp_path, monkeypatch, capsys):
     """A run that is cut off and goes on, a sound recipe that passes, a broken one that fails."""
     paths = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
     monkeypatch.setenv("PYTHONPATH", paths)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run_options = (*TINY, *own_text(tmp_path))
     runs, output = tmp_path / "runs", tmp_path / "out" / "result"
     variants = ["bf16", "nvfp4", FAULTY]
     options = [str(CONFIG), f"--output={output}", "--seeds", "0", "--checkpoint-interval=10"]
+    options += ["--gap=0.02"]  # measured: 0.5% and, with the fault, 8%
 
     def check(folder, *more):
-        argv = [*options, f"--runs={folder}", "--variants", *variants, *more, "--", *TINY]
+        argv = [*options, f"--runs={folder}", "--variants", *variants, *more, "--", *run_options]
         return script().main(argv)
 
     # Too little time to start anything.
     assert check(runs, "--time-limit=20") == 3
     assert "3 of 3 runs are left" in capsys.readouterr().err
-    plan = Plan(CONFIG, runs, tuple(map(parse_variant, variants)), (0,), (), TINY, 10)
+    plan = Plan(CONFIG, runs, tuple(map(parse_variant, variants)), (0,), (), run_options, 10)
     job = plan.jobs()["bf16", 0]
 
     def interrupt(step, loss):
@@ -79,7 +105,7 @@ def test_a_check_from_end_to_end(tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     for row in rows:
         assert row["steps"] == 40 and row["tokens"] == 40 * 2 * 64 and row["device"]
-        assert row["model"] == "llama3_debugmodel" and 7 < row["validation_loss"] < 9
+        assert row["model"] == "llama3_debugmodel" and 1.5 < row["validation_loss"] < 2.5
         assert row["commit"] is None or len(row["commit"].removesuffix("-dirty")) == 40
     report = output.with_suffix(".md").read_text()
     assert "NOT PASSED" in report and report in capsys.readouterr().out
