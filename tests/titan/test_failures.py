@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,16 @@ OUTPUT = {
 def environment(**extra):
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
+
+
+def processes_naming(folder):
+    """Numbers of this host's processes, a rank's data worker too, whose command names a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended since
+            if str(folder) in path.read_text(errors="replace"):
+                found.append(path.parent.name)
+    return found
 
 
 @pytest.mark.slow
@@ -89,7 +100,8 @@ def test_nothing_hangs_when_one_rank_raises(tmp_path):
 def test_two_nodes(tmp_path):
     """Two agents that meet at one address: FSDP over two nodes of one process each.
 
-    The worker of one is killed: both agents restart theirs, and the job resumes.
+    The worker of one is killed: both agents restart theirs, and the job resumes. Batches come from
+    a data worker: step 3 runs twice, with one loss, and the dead rank's data worker ends, too.
     """
     variables = environment(
         NNODES="2", HEAD=f"localhost:{free_port()}", NGPU="1", NO_VENV="1", LOG_RANK="0",
@@ -97,6 +109,7 @@ def test_two_nodes(tmp_path):
     )  # fmt: skip
     command = [
         str(ROOT / "scripts" / "multinode.sh"), *OPTIONS, "--training.steps=4",
+        "--training.dataloader.num_workers=1",
         "--experimental.custom_import=nvfp4_titan.titan.fail_at", f"--job.dump_folder={tmp_path}",
     ]  # fmt: skip
     agents = [subprocess.Popen(command, env=variables, **OUTPUT) for _ in range(2)]
@@ -105,6 +118,7 @@ def test_two_nodes(tmp_path):
     assert any("Applied FSDP" in log for log in logs)
     assert all(re.search(r"Loading the checkpoint from \S+/step-2", log) for log in logs)
     assert list(logged_losses(tmp_path)) == [1, 2, 3, 4]
+    assert not processes_naming(tmp_path)
 
 
 def test_multinode_says_what_is_missing():
