@@ -9,6 +9,7 @@ Source: cuBLAS documentation, cublasGemmEx, cublasSetPointerMode, cublasSetMathM
 """
 
 import ctypes
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -110,7 +111,9 @@ def gemm(
     d = torch.empty((m, n), dtype=out_dtype, device=a.device)
     bf16, output = DATA_TYPES[torch.bfloat16], DATA_TYPES[out_dtype]
     alpha_pointer = alpha.data_ptr()
-    with torch.cuda.device(a.device):
+    # The guard costs as much as the call; devices seldom differ.
+    current = a.device.index == torch.cuda.current_device()
+    with nullcontext() if current else torch.cuda.device(a.device):
         # Also sets the handle's stream and workspace to torch's current ones, and its math mode:
         # that of this call need not be taken back. torch's pointer mode is the host's.
         handle = torch.cuda.current_blas_handle()

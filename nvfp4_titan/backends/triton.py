@@ -42,23 +42,33 @@ def _quantize(
     offset: tuple[int, int] = (0, 0),
 ) -> Operands:
     streams, key = streams_and_key(rows, cols, key)
-    outputs = ops.quantize(t, offs, _spec(rows), _spec(cols), streams, key, amax, list(offset))
-    amaxes = outputs[6]
-    row_operand = _operand(rows, outputs[:3], amaxes[0], t.shape[-1])
-    # Stored tokens first; an operand has its contraction last.
-    col_outputs = [o.mT if o.dim() > 1 else o for o in outputs[3:6]]
-    return row_operand, _operand(cols, col_outputs, amaxes[1], t.shape[-2])
+    if amax is not None and (cols is not None or amax.dim() > 1):
+        amax = amax.contiguous()
+    specs = _spec(rows), _spec(cols)
+    outputs = list(ops.quantize(t, offs, *specs, streams, key, amax, list(offset)))
+    if amax is None and any(use and use.format.format.tensor_scale for use in (rows, cols)):
+        amax = outputs.pop()
+    row_operand = _operand(rows, outputs, amax, 0, t.shape[-1])
+    return row_operand, _operand(cols, outputs, amax, 1, t.shape[-2])
 
 
 def _operand(
-    use: OperandUse | None, outputs: list[torch.Tensor], amax: torch.Tensor, size: int
+    use: OperandUse | None,
+    outputs: list[torch.Tensor],
+    amaxes: torch.Tensor | None,
+    number: int,
+    size: int,
 ) -> QuantizedOperand | None:
+    """The first or second (`number`) use's operand, whose outputs are taken off the list."""
     if use is None:
         return None
-    codes, scale, values = outputs
-    values = values if use.values else None
+    found = [outputs.pop(0) for _ in range(2 * use.packed + use.values)]
+    if number == 1:  # stored tokens first; an operand has its contraction last
+        found = [output.mT for output in found]
     fmt = use.format.format
-    return QuantizedOperand(codes, scale, amax if fmt.tensor_scale else None, size, fmt, values)
+    amax = amaxes[number] if fmt.tensor_scale else None
+    codes, scale = found[:2] if use.packed else (None, None)
+    return QuantizedOperand(codes, scale, amax, size, fmt, found[-1] if use.values else None)
 
 
 def _amax(

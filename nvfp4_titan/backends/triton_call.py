@@ -84,8 +84,6 @@ class Launch:
         programs: Likewise.
         constants: Likewise.
         sizes: What a caller passes among the arguments, remembered for it.
-        own: Of the arguments, how many after the first four are tensors just allocated, or None for
-            the same ones at every call: these are aligned.
         num_warps: As `launch` has it.
         options: Likewise.
     """
@@ -97,7 +95,6 @@ class Launch:
         constants: dict,
         sizes: tuple = (),
         *,
-        own: int = 0,
         num_warps: int,
         **options,
     ):
@@ -105,23 +102,25 @@ class Launch:
         self._what = kernel, (programs, 1, 1)
         self._how = constants, num_warps, options
         self._values = tuple(constants.values())
-        self._own = own
         self._runners: dict[tuple, Callable] = {}
 
     def __call__(self, *arguments) -> None:
         """Launch on the current stream, with arguments as `launch` takes them."""
-        inputs = (*arguments[:4], *arguments[4 + self._own :]) if self._own else arguments
-        key = (
-            torch.cuda.current_device() if torch.cuda.is_initialized() else None,
-            *[a.data_ptr() % 16 == 0 for a in inputs if isinstance(a, torch.Tensor)],
-        )
-        runner = self._runners.get(key)
+        # Of a tensor Triton would ask the address, and the driver whose address it is.
+        addresses, misaligned = [], 0
+        for argument in arguments:
+            if argument is not None and argument.__class__ is not int:
+                argument = argument.data_ptr()
+                misaligned = 2 * misaligned + (argument & 15 != 0)
+            addresses.append(argument)
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        runner = self._runners.get((device, misaligned))
         if runner is not None:
-            runner(*arguments, *self._values)
+            runner(*addresses, *self._values)
             return
         compiled = _launched(*self._what, arguments, *self._how)
         if compiled is not None:
-            self._runners[key] = compiled[self._what[1]]
+            self._runners[device, misaligned] = compiled[self._what[1]]
 
 
 class Plans(dict):

@@ -203,8 +203,8 @@ def quantize_triton(
     offs: torch.Tensor | None,
     rows: Use | None,
     cols: Use | None,
-    amax: torch.Tensor,
-    outputs: list[torch.Tensor],
+    amax: torch.Tensor | None,
+    outputs: list[torch.Tensor | None],
     streams: list[int],
     key: int,
     offset: tuple[int, int],
@@ -216,9 +216,9 @@ def quantize_triton(
         offs: Group ends of tokens, or None.
         rows: Its use along the last dim, or None.
         cols: Its use along the dim before, or None.
-        amax: (2, E) fp32; not read where no use has a scale per tensor.
+        amax: (2, E) fp32; None where no use has a scale per tensor.
         outputs: Codes, scales (of the formats' dtypes), values (bf16) of the row operand, then of
-            the column operand, in the layout of triton_quantize.py; any where unused, best empty.
+            the column operand, in the layout of triton_quantize.py; None where unused.
         streams: SR streams of the two uses.
         key: SR key.
         offset: Global (row, column) of t's first element.
@@ -231,7 +231,7 @@ def quantize_triton(
         kind, _quantize_launches, t.shape, flat, offs, rows, cols
     )
     # None where nothing is written, as the kernel is compiled ahead of time, too.
-    pointers = [_as_integers(o) if o.numel() else None for o in outputs]
+    pointers = [o if o is None else _as_integers(o) for o in outputs]
     counters = (*offset, *streams, *_words(key))
     for part in launches:
         part(flat, flat.stride(0), offs, amax, *pointers, *part.sizes, *counters)
@@ -278,7 +278,6 @@ def _quantize_launches(
         _programs(slots, columns, width),
         constants,
         (slots.rows, slots.columns, slots.groups),
-        own=6,
         num_warps=_warps(columns, share),
         maxnreg=max_registers(
             flat.dtype,

@@ -24,10 +24,6 @@ from ..recipe import FORMATS, OperandFormat
 from . import cublas
 from .registration import fake_of, functional_op
 
-_T = torch.Tensor
-SEVEN_TENSORS = tuple[_T, _T, _T, _T, _T, _T, _T]
-"""Codes, scales and values of the row use, of the column use, and the amaxes of both."""
-
 _logger = logging.getLogger(__name__)
 
 
@@ -76,19 +72,19 @@ def _layout(spec: str) -> BlockFormat:
 
 def _outputs(
     t: torch.Tensor, offs: torch.Tensor | None, rows: str, cols: str, new: Callable
-) -> list[torch.Tensor]:
-    """Codes, scales and values of both uses, made by `new`; empty where not asked for."""
+) -> list[torch.Tensor | None]:
+    """Codes, scales and values of both uses, made by `new`; None where not asked for."""
     groups = None if offs is None else offs.shape[0]
     # A compiler's sizes may be symbols, which cannot be looked up.
     known = all(type(size) is int for size in t.shape)
     shapes = (_output_shapes if known else _output_shapes.__wrapped__)(t.shape, groups, rows, cols)
-    return [new(shape, dtype=dtype) for shape, dtype in shapes]
+    return [None if kind is None else new(kind[0], dtype=kind[1]) for kind in shapes]
 
 
 @lru_cache(maxsize=4096)
 def _output_shapes(
     shape: torch.Size, groups: int | None, rows: str, cols: str
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
+) -> list[tuple[tuple[int, ...], torch.dtype] | None]:
     *outer, m, k = shape
     outputs = []
     for spec, along_rows in ((rows, False), (cols, True)):
@@ -102,7 +98,7 @@ def _output_shapes(
             ("v", fmt.block, torch.bfloat16),
         ):
             last = (blocks * a_block, k) if along_rows else (m, blocks * a_block)
-            outputs.append(((*outer, *last) if letter in written else (0,), dtype))
+            outputs.append(((*outer, *last), dtype) if letter in written else None)
     return outputs
 
 
@@ -111,13 +107,6 @@ def _groups(t: torch.Tensor, offs: torch.Tensor | None) -> tuple[int, ...]:
     if offs is not None:
         return tuple(offs.shape)
     return tuple(t.shape[:-2])
-
-
-def _amaxes_shape(
-    t: torch.Tensor, offs: torch.Tensor | None, rows: str, cols: str
-) -> tuple[int, ...]:
-    """Shape of a quantized tensor's amaxes: (2, ...), without elements where none is needed."""
-    return (2, *_groups(t, offs)) if _any_scaled(rows, cols) else (2, 0)
 
 
 @functional_op("triton_amax")
@@ -142,29 +131,32 @@ def quantize(
     key: torch.Tensor | None,
     amax: torch.Tensor | None,
     offset: list[int],
-) -> SEVEN_TENSORS:
-    """Quantize (M, K), tokens (M, K) with offs, or experts (E, N, K), along both dims."""
+) -> list[torch.Tensor]:
+    """Quantize (M, K), tokens (M, K) with offs, or experts (E, N, K), along both dims.
+
+    Returns codes and scales, then values, of the row use and of the column use, as far as they are
+    asked for; then the amaxes (2, ...) where they are needed and were not given. Of a given `amax`
+    (fp32) what is read must be contiguous: the first row, and the second with a column use.
+    """
     launch = _module("triton_launch")
     uses = _use(rows), _use(cols)
-    shape = _amaxes_shape(t, offs, rows, cols)
-    if 0 in shape:
-        amaxes = t.new_empty(shape, dtype=torch.float32)
-    elif amax is None:
-        amaxes = launch.amax_triton(t, offs, *uses, shape)
-    else:
-        amaxes = amax.to(torch.float32, copy=True).reshape(shape)
     # Nothing is launched for an empty tensor, whose groups have slots all the same.
     outputs = _outputs(t, offs, rows, cols, t.new_empty if t.numel() else t.new_zeros)
+    returned = [output for output in outputs if output is not None]
+    if amax is None and _any_scaled(rows, cols):
+        amax = launch.amax_triton(t, offs, *uses, (2, *_groups(t, offs)))
+        returned.append(amax)
     seed = 0 if key is None else int(key)
-    launch.quantize_triton(t, offs, *uses, amaxes, outputs, streams, seed, tuple(offset))
-    return (*outputs, amaxes)
+    launch.quantize_triton(t, offs, *uses, amax, outputs, streams, seed, tuple(offset))
+    return returned
 
 
 @fake_of("triton_quantize")
 def _(t, offs, rows, cols, streams, key, amax, offset):
-    outputs = _outputs(t, offs, rows, cols, t.new_empty)
-    amaxes = t.new_empty(_amaxes_shape(t, offs, rows, cols), dtype=torch.float32)
-    return (*outputs, amaxes)
+    returned = [o for o in _outputs(t, offs, rows, cols, t.new_empty) if o is not None]
+    if amax is None and _any_scaled(rows, cols):
+        returned.append(t.new_empty((2, *_groups(t, offs)), dtype=torch.float32))
+    return returned
 
 
 @functional_op("triton_unpack")

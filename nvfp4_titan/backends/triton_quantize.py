@@ -379,7 +379,7 @@ def _quantize_kernel(
             PTX,
         )
     if COL:
-        amax = load_amax(amax_ptr + num_groups, group, needed, COL_FORMAT)
+        amax = load_amax(amax_ptr, num_groups + group, needed, COL_FORMAT)
         columns = column + tl.arange(0, C)
         tile = load_tile(x_ptr, pitch, start + block * ROWS, end, columns, K, WHOLE, ROWS)
         quantize_columns(

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from ..backends import BACKENDS, triton_ops
+from ..distributed import amax_in_dtypes
 from ..numerics import QuantizedOperand
 from ..numerics.grouped import padded_rows
 from ..recipe import RECIPES
@@ -42,7 +43,7 @@ def triton_linear(x: torch.Tensor, w: torch.Tensor, **known) -> torch.Tensor:
 def known_of(w: torch.Tensor) -> dict[str, dict]:
     """What may be known of a weight, (N, K) or (E, N, K), by variant."""
     w = w.detach()
-    amax = w.abs().amax((-2, -1)).float()
+    amax = amax_in_dtypes(w.abs().amax((-2, -1)).float())
     kept = KeptWeight.of(w, RECIPE, BACKENDS["triton"], w.dtype, amax)
     return {
         "triton": {},

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..backends import OperandUse, stream
-from ..distributed import GatheredWeight, amax_of_uses
+from ..distributed import GatheredWeight, amax_in_dtypes, amax_of_uses
 from ..errors import ConfigError
 from ..recipe import GemmFormat, OperandFormat, Recipe
 from ..training import NVFP4Linear, Report, convert, untrack_weights
@@ -212,7 +212,7 @@ def _coded(
     return GatheredWeight(
         operand.codes,
         operand.block_scale,
-        operand.amax,
+        operand.amax if operand.amax is None else amax_in_dtypes(operand.amax),
         _rowwise(recipe).fprop.right,
         weight.shape,
         weight.dtype,

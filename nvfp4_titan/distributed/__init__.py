@@ -1,6 +1,6 @@
 """What the autograd functions need to know of sharding: DTensors, amaxes, FSDP gathers."""
 
-from .fp4_gather import GatheredWeight, amax_of_uses, gathered_operand
+from .fp4_gather import GatheredWeight, amax_in_dtypes, amax_of_uses, gathered_operand
 from .tensor_parallel import (
     GemmShards,
     LocalGemm,
@@ -17,6 +17,7 @@ __all__ = [
     "LocalGemm",
     "OperandShard",
     "ShardedWeight",
+    "amax_in_dtypes",
     "amax_of_uses",
     "expert_shards",
     "fsdp_records",

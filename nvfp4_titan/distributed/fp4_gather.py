@@ -42,7 +42,7 @@ class GatheredWeight(torch.Tensor):
     Attributes:
         codes: (..., N, Kp / 2) uint8.
         scale: (..., ceil(N / 16), Kp / 16) float8_e4m3fn, one per square block.
-        amax: fp32 () or (E,), of the weight before it was cast to the compute dtype; None for
+        amax: fp32 (2,) or (E, 2), of the whole weight, as `amax_in_dtypes` has it; None for
             formats without a scale per tensor.
         format: OperandFormat.
         transposed: Whether the last two dims are swapped.
@@ -126,13 +126,24 @@ def gathered_operand(
         dtype: Its dtype.
     """
     scale = scale.repeat_interleave(format.block[0], dim=-2)[..., : codes.shape[-2], :]
-    amax = None if amax is None else rounded_amax(amax, dtype)
+    amax = None if amax is None else _amax_in(amax, dtype)
     return QuantizedOperand(codes, scale, amax, size, format.format)
 
 
-def rounded_amax(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Amax of a weight after its cast to dtype: rounding keeps the order of values."""
-    return amax if dtype == torch.float32 else _round_through(amax, dtype)
+def amax_in_dtypes(amax: torch.Tensor) -> torch.Tensor:
+    """What is known of a weight's amax: itself, and in bf16, (..., 2) of (...).
+
+    Rounding keeps the order of values: the second is the amax of the weight cast to bf16. Taken for
+    all weights together, it costs a linear nothing.
+    """
+    return torch.stack([amax, _round_through(amax, torch.bfloat16)], -1)
+
+
+def _amax_in(amaxes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Amax (...) of a weight cast to dtype, from `amax_in_dtypes`."""
+    if dtype == torch.float16:
+        return _round_through(amaxes[..., 0], dtype)
+    return amaxes[..., int(dtype == torch.bfloat16)]
 
 
 @functional_op("round_through")
@@ -146,9 +157,10 @@ def _(t, dtype):
     return torch.empty_like(t)
 
 
-def amax_of_uses(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def amax_of_uses(amaxes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(2,) or (2, E), as a backend takes it: the amax of a weight's two uses in dtype."""
-    return rounded_amax(amax, dtype).expand(2, *amax.shape)
+    amax = _amax_in(amaxes, dtype)
+    return amax.expand(2, *amax.shape)
 
 
 class Known:
@@ -200,7 +212,7 @@ class WeightGather:
 
     @property
     def amax(self) -> torch.Tensor:
-        """fp32 () or (E,), of the whole weight."""
+        """fp32 (2,) or (E, 2), of the whole weight."""
         return self.amaxes[self.name]
 
 
@@ -235,7 +247,7 @@ class QuantizingShard(torch.Tensor):
         shard, gather = self.as_subclass(torch.Tensor).to(dtype), self.gather
         gather.known.wait()
         amax = gather.amax
-        if amax.dim():  # of experts, which are split
+        if amax.dim() > 1:  # of experts, which are split
             first = mesh.get_local_rank() * shard.shape[0]
             amax = amax[first : first + shard.shape[0]]
         use = OperandUse(gather.format, stream("fprop", "right"))

@@ -44,11 +44,11 @@ class QuantizedOperand:
         K: Size of the contraction dim before padding.
         format: The format of codes and scales.
         values: (..., Kp) or None: what a backend's GEMM multiplies, where it is not the codes.
-            Codes and scales may then be empty.
+            Codes and scales may then be None.
     """
 
-    codes: torch.Tensor
-    block_scale: torch.Tensor
+    codes: torch.Tensor | None
+    block_scale: torch.Tensor | None
     amax: torch.Tensor | None
     K: int
     # No default: torch 2.11's compiler cannot trace one that is a record.

@@ -85,7 +85,7 @@ class ExpertWeight(torch.Tensor):
         data_: The plain weights, (E, N, K) or a part of them.
         key: int64 CPU scalar, the SR key.
         options: ExpertOptions.
-        amax: fp32 (E,), of each whole expert, where it is known; its dims follow data_'s.
+        amax: fp32 (E, 2), of each whole expert, where it is known; its dims follow data_'s.
         kept_0: And so on: tensors of a KeptWeight of the whole parameter, as it is stored; None
             where there is none.
     """

@@ -99,7 +99,7 @@ class KeptWeight:
             recipe: Its Recipe.
             backend: Its Backend.
             dtype: What the GEMMs cast it to.
-            amax: fp32 () or (E,), of the whole weight before that cast.
+            amax: fp32 (2,) or (E, 2), of the whole weight, as `amax_in_dtypes` has it.
         """
         own = recipe.shares_weight_codes or recipe.dequantized or recipe.dgrad is not None
         uses = _forward_weight_uses(recipe, True)
@@ -140,7 +140,7 @@ class QuantizedGemm(torch.autograd.Function):
             backend: Operations.
             grads: Are dx and dw needed.
             shards: Place of the operands in the whole.
-            w_amax: fp32 () or (E,): amax of the whole weight before its cast, where it is known.
+            w_amax: fp32 (2,) or (E, 2), `amax_in_dtypes` of the whole weight where it is known.
             requantize: Keep w itself, and not its operand, for backward.
             w_kept: Nothing, or the tensors of a KeptWeight of w, which w's values then follow.
         """
@@ -264,7 +264,7 @@ def _kept_tokens(ctx, tensors: list[torch.Tensor | None]) -> Kept:
 def _kept_weight(ctx, tensors: list[torch.Tensor | None], key: torch.Tensor | None) -> Kept:
     """What was kept of w, as of x; made again from w, or from what FSDP gathered."""
     recipe, (n, k, _), (x_dtype, w_dtype) = ctx.recipe, ctx.shape, ctx.dtypes
-    if tensors[0] is None:
+    if all(tensor is None for tensor in tensors):
         return None
     if ctx.gathered:
         return gathered_operand(*tensors[:3], k, recipe.fprop.right, w_dtype)
@@ -348,14 +348,14 @@ def _quantize(
 def _tensors(kept: Kept) -> tuple[torch.Tensor | None, ...]:
     """What to save of it: codes, scales and amax, or values and amax."""
     if isinstance(kept, QuantizedOperand):
-        packed = kept.codes.numel() > 0
-        return kept.codes, kept.block_scale, kept.amax, None if packed else kept.values
+        values = kept.values if kept.codes is None else None
+        return kept.codes, kept.block_scale, kept.amax, values
     return kept, None, None, None
 
 
 def _kept(tensors: list[torch.Tensor | None], use: OperandUse | None, size: int) -> Kept:
     """Inverse of `_tensors`; `use` says how an operand was quantized, None that it was not."""
-    if tensors[0] is None or use is None:
-        return tensors[0]
     codes, scale, amax, values = tensors
+    if use is None or (codes is None and values is None):
+        return codes
     return QuantizedOperand(codes, scale, amax, size, use.format.format, values)

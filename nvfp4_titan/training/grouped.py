@@ -39,7 +39,8 @@ def grouped_mm(
         key: int64 CPU scalar from `key_tensor`, the SR key; None uses that of seed 0, name "".
         shards: None, or the place of x, w and dy in the whole where experts are sharded over ranks
             (`expert_shards`).
-        weight_amax: fp32 (E,), max |w| of each whole expert where it is known beforehand.
+        weight_amax: fp32 (E, 2), `amax_in_dtypes` of max |w| of each whole expert where it is known
+            beforehand.
         requantize: Keep w itself for backward, as `linear` has it.
         kept_weight: As `linear` has it, of (E, N, K).
 

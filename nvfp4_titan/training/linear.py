@@ -75,8 +75,8 @@ def linear(
         recipe: Name in `RECIPES`, or a Recipe.
         backend: Name ("auto" picks), or a Backend.
         key: int64 CPU scalar from `key_tensor`, the SR key; None uses that of seed 0, name "".
-        weight_amax: fp32 (), max |w| of the whole weight where it is known beforehand; None takes
-            it here.
+        weight_amax: fp32 (2,), `amax_in_dtypes` of max |w| of the whole weight where it is known
+            beforehand; None takes it here.
         requantize: Keep w itself for backward and quantize it again there, in place of keeping its
             codes (0.56 bytes an element): right where FSDP frees the gathered w in between.
         kept_weight: None, or w quantized beforehand for this recipe and backend: used in its place
@@ -133,7 +133,7 @@ def local_linear(
         recipe: Quantized Recipe.
         backend: Backend.
         shards: None where x and w are whole.
-        weight_amax: fp32 (), amax of the whole weight in its own dtype where it is known.
+        weight_amax: As `linear` has it.
         requantize: Keep w for backward and not its codes.
         kept_weight: As `linear` has it.
 
@@ -164,7 +164,7 @@ class NVFP4Linear(nn.Linear):
         recipe: The Recipe.
         backend: The Backend.
         key: int64 CPU scalar, the SR key of this layer.
-        weight_amaxes: {"weight": fp32 ()} where amaxes are tracked (`track_weights`), else {}.
+        weight_amaxes: {"weight": fp32 (2,)} where amaxes are tracked (`track_weights`), else {}.
         kept_weights: {"weight": KeptWeight} where operands are kept (`track_weights`), else None.
         requantize: As `linear` has it.
         being_observed: Whether an Observer wants to see its weight quantized.

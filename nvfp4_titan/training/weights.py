@@ -30,7 +30,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from ..distributed import ShardedWeight, fsdp_records, weight_amaxes
+from ..distributed import ShardedWeight, amax_in_dtypes, fsdp_records, weight_amaxes
 from ..distributed.fp4_gather import Known, attach, obstacle
 from .experts import WrappingExperts
 from .functions import KeptWeight
@@ -48,6 +48,7 @@ class _State:
     keep_weights: bool
     fresh: bool = False
     weights: list[ShardedWeight] = field(default_factory=list)
+    amaxes: list[torch.Tensor] = field(default_factory=list)
     reported: bool = False
     known: Known = field(default_factory=Known)
     versions: list[int] = field(default_factory=list)
@@ -145,21 +146,30 @@ def _shared_groups(model: nn.Module, state: _State) -> list[list[int]]:
     return groups
 
 
-def _shared_amaxes(state: _State) -> list[torch.Tensor]:
+def _known_amaxes(state: _State) -> list[torch.Tensor]:
+    """`amax_in_dtypes` of every weight, (2,) or (E, 2)."""
     amaxes = weight_amaxes(state.weights)
     for group in state.groups:
         largest = torch.stack([amaxes[i] for i in group]).amax(0)
         for i in group:
-            amaxes[i] = largest.clone()
-    return amaxes
+            amaxes[i] = largest
+    if not amaxes:
+        return []
+    known = amax_in_dtypes(torch.cat([amax.reshape(-1) for amax in amaxes]))
+    parts = known.split([amax.numel() for amax in amaxes])
+    return [part.reshape(*amax.shape, 2) for part, amax in zip(parts, amaxes, strict=True)]
 
 
 def _refresh(state: _State) -> None:
     with torch.inference_mode(False), torch.no_grad():
-        for weight, amax in zip(state.weights, _shared_amaxes(state), strict=True):
-            known = weight.module.weight_amaxes
-            # In place: compiled graphs and gathered weights hold the tensor.
-            known[weight.name] = known[weight.name].copy_(amax) if weight.name in known else amax
+        amaxes = _known_amaxes(state)
+        if not state.amaxes:
+            state.amaxes = [amax.clone() for amax in amaxes]
+            for weight, amax in zip(state.weights, state.amaxes, strict=True):
+                weight.module.weight_amaxes[weight.name] = amax
+        elif amaxes:
+            # In place: compiled graphs and gathered weights hold the tensors.
+            torch._foreach_copy_(state.amaxes, amaxes)
     state.known.epoch += 1
     if torch.cuda.is_available() and state.weights and state.weights[0].device.type == "cuda":
         # FSDP quantizes shards on a stream of its own.

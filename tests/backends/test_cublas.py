@@ -59,6 +59,7 @@ def test_the_pointer_mode_is_restored_when_the_call_fails(monkeypatch):
     library = Library()
     monkeypatch.setattr(cublas, "library", lambda: library)
     monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     with pytest.raises(RuntimeError, match="cublasGemmEx failed with cuBLAS status 13"):
         cublas.gemm(*torch.ones(2, 2, 2), False, False, (2, 2, 2), torch.ones(2), torch.float32)

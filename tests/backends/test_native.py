@@ -17,7 +17,7 @@ from torchao.prototype.mx_formats.utils import to_blocked as torchao_to_blocked
 from nvfp4_titan import RECIPES
 from nvfp4_titan.backends import BACKENDS, OperandUse, native, native_gemm, resolve
 from nvfp4_titan.backends.native import NATIVE, STAND_IN
-from nvfp4_titan.distributed import gathered_operand
+from nvfp4_titan.distributed import amax_in_dtypes, gathered_operand
 from nvfp4_titan.errors import ConfigError, UnsupportedError
 from nvfp4_titan.numerics import dequantize
 from nvfp4_titan.numerics.grouped import dequantize_tokens
@@ -245,7 +245,8 @@ def test_native_multiplies_weights_that_fsdp_gathered_in_codes():
     shards = [STAND_IN.quantize(s, use, None, amax=amax.expand(2))[0] for s in w.chunk(2)]
     codes = torch.cat([s.codes for s in shards])
     scale = torch.cat([s.plain_scale[::16].view(torch.uint8) for s in shards])
-    gathered = gathered_operand(codes, scale.view(torch.float8_e4m3fn), amax, 37, W, w.dtype)
+    scale, amax = scale.view(torch.float8_e4m3fn), amax_in_dtypes(amax)
+    gathered = gathered_operand(codes, scale, amax, 37, W, w.dtype)
     whole = STAND_IN.quantize(w, use, None)[0]
     rows = STAND_IN.quantize(x, OperandUse(OperandFormat(), 0), None)[0]
     results = [STAND_IN.mm(rows, b, 32, torch.float32) for b in (gathered, whole)]

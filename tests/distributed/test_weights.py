@@ -22,8 +22,8 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvfp4_titan import convert
-from nvfp4_titan.distributed import fsdp_records
-from nvfp4_titan.distributed.fp4_gather import QuantizingShard, rounded_amax
+from nvfp4_titan.distributed import amax_in_dtypes, amax_of_uses, fsdp_records
+from nvfp4_titan.distributed.fp4_gather import QuantizingShard
 from nvfp4_titan.training import NVFP4Linear, refresh_weights, track_weights
 from nvfp4_titan.training.experts import WrappingExperts
 
@@ -182,7 +182,8 @@ def check_loading(model, device):
     before = model.layers[0].w1.weight_amaxes["weight"].clone()
     set_model_state_dict(model, state)
     model(x)
-    assert torch.equal(model.layers[0].w1.weight_amaxes["weight"], before * 3)
+    after = model.layers[0].w1.weight_amaxes["weight"]
+    assert torch.equal(after[0], before[0] * 3) and after[1] == after[0].bfloat16()
 
 
 def amaxes_of_two_axes(device):
@@ -209,9 +210,9 @@ def amaxes_of_two_axes(device):
     for hook in model._forward_pre_hooks.values():
         hook(model, ())
     known = {
-        "w1": model.layers[0].w1.weight_amaxes["weight"],
-        "w2": model.layers[1].w2.weight_amaxes["weight"],
-        "experts": model.experts.weight_amaxes["w2"],
+        "w1": model.layers[0].w1.weight_amaxes["weight"][0],
+        "w2": model.layers[1].w2.weight_amaxes["weight"][0],
+        "experts": model.experts.weight_amaxes["w2"][:, 0],
     }
     return known, whole
 
@@ -246,7 +247,11 @@ def test_amaxes_of_whole_weights(ranks):
 def test_the_rounding_of_an_amax_survives_a_compiler():
     # Of two casts inductor drops the first; a compiled run then has the codes of no oracle.
     amax = torch.tensor([1.001, float("nan"), 3.0])
-    rounded = rounded_amax(amax, torch.bfloat16)
-    compiled = torch.compile(rounded_amax, fullgraph=True)(amax, torch.bfloat16)
-    torch.testing.assert_close(compiled, rounded, rtol=0, atol=0, equal_nan=True)
-    assert rounded[0] != amax[0] and rounded_amax(amax, torch.float32) is amax
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+
+        def uses(amax, dtype=dtype):
+            return amax_of_uses(amax_in_dtypes(amax), dtype)
+
+        rounded = amax.to(dtype).float().expand(2, 3)
+        for found in (uses(amax), torch.compile(uses, fullgraph=True)(amax)):
+            torch.testing.assert_close(found, rounded, rtol=0, atol=0, equal_nan=True)

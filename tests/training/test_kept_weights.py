@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvfp4_titan import convert
+from nvfp4_titan.distributed import amax_in_dtypes
 from nvfp4_titan.recipe import RECIPES
 from nvfp4_titan.training import (
     NVFP4Linear,
@@ -203,7 +204,8 @@ def test_experts_stored_the_other_way_use_no_operands_of_theirs(turned):
 def test_what_is_kept_is_counted():
     w = torch.randn(64, 32)
     backend = NVFP4Linear(32, 64, backend="reference").backend
-    kept = KeptWeight.of(w, RECIPES["nvfp4"], backend, torch.float32, w.abs().amax())
+    amax = amax_in_dtypes(w.abs().amax())
+    kept = KeptWeight.of(w, RECIPES["nvfp4"], backend, torch.float32, amax)
     held = sum(t.nbytes for t in kept.tensors if t is not None)
     assert held <= 0.5625 * w.numel() + 4
     x = torch.randn(16, 32)
@@ -211,6 +213,6 @@ def test_what_is_kept_is_counted():
     assert torch.equal(linear(x, torch.zeros_like(w), **options), linear(x, w, backend=backend))
     assert not linear(x.bfloat16(), torch.zeros_like(w).bfloat16(), **options).any()
     offs = torch.tensor([16], dtype=torch.int32)
-    experts = KeptWeight.of(w[None], RECIPES["nvfp4"], backend, torch.float32, w.abs().amax()[None])
+    experts = KeptWeight.of(w[None], RECIPES["nvfp4"], backend, torch.float32, amax[None])
     y = grouped_mm(x, torch.zeros(1, 32, 64), offs, backend=backend, kept_weight=experts)
     assert torch.equal(y, linear(x, w, backend=backend))
