@@ -2,9 +2,14 @@
 
 Schedulers send it some time before they end a job, and so does scripts/check_convergence.py when
 its time is over. Without checkpoints the signal keeps its usual effect.
+
+A scheduler signals every process of a job. Data workers ignore it until training is over: torch
+takes a worker's death for a failure of the rank, which still needs it for the step in hand.
 """
 
+import multiprocessing
 import signal
+import sys
 
 import torch
 from torch import distributed
@@ -15,6 +20,7 @@ class StopRequest:
 
     def __init__(self):
         self._here = False
+        self._over = multiprocessing.Event()
 
     def __enter__(self) -> "StopRequest":
         self._before = signal.signal(signal.SIGTERM, self._note)
@@ -22,6 +28,16 @@ class StopRequest:
 
     def __exit__(self, *error) -> None:
         signal.signal(signal.SIGTERM, self._before)
+        self._over.set()
+
+    def in_worker(self, worker: int) -> None:
+        """Have a data worker end by SIGTERM only after training: a `worker_init_fn`.
+
+        Args:
+            worker: Its number.
+        """
+        over = self._over
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit() if over.is_set() else None)
 
     def _note(self, number, frame) -> None:
         self._here = True

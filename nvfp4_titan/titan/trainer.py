@@ -63,6 +63,8 @@ class NVFP4Trainer(Trainer):
         if job_config.validation.enable:
             prepare_validator(self.validator, job_config.training.steps)
         self.stop = StopRequest()
+        if job_config.checkpoint.enable:
+            self.dataloader.worker_init_fn = self.stop.in_worker
         self.steps_done, self.checksum = 0, 0
 
     def train(self) -> None:

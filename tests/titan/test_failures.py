@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -127,3 +128,25 @@ def test_multinode_says_what_is_missing():
     for given, missing in (({}, "set NNODES"), ({"NNODES": "2"}, "set HEAD")):
         done = subprocess.run([script], env=variables | given, capture_output=True, text=True)
         assert done.returncode != 0 and missing in done.stderr
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_job_saves_it(tmp_path):
+    """Slurm's SIGTERM reaches the data worker too, whose death would end the rank at once."""
+    job = subprocess.Popen(
+        [sys.executable, "-m", "nvfp4_titan.train", *OPTIONS, f"--job.dump_folder={tmp_path}"]
+        + ["--training.steps=100000", "--checkpoint.interval=100000"]
+        + ["--training.dataloader.num_workers=1"],
+        env=environment(),
+        start_new_session=True,
+        **OUTPUT,
+    )
+    lines = []
+    for line in job.stdout:
+        lines.append(line)
+        if re.search(r"step:\s+3 ", line):
+            os.killpg(job.pid, signal.SIGTERM)
+    assert job.wait(60) == 0, "".join(lines)
+    (told,) = re.findall(r"Told to stop: step (\d+) is saved", "".join(lines))
+    assert (tmp_path / "checkpoint" / f"step-{told}").is_dir()
+    assert not processes_naming(tmp_path)
