@@ -3,8 +3,9 @@
 Schedulers send it some time before they end a job, and so does scripts/check_convergence.py when
 its time is over. Without checkpoints the signal keeps its usual effect.
 
-A scheduler signals every process of a job. Data workers ignore it until training is over: torch
-takes a worker's death for a failure of the rank, which still needs it for the step in hand.
+A scheduler signals every process of a job. Data workers ignore it during training: torch takes a
+worker's death for a failure of the rank, which still needs it for the step in hand. Before and
+after, it is how Python ends them.
 """
 
 import multiprocessing
@@ -20,24 +21,25 @@ class StopRequest:
 
     def __init__(self):
         self._here = False
-        self._over = multiprocessing.Event()
+        self._training = multiprocessing.Event()
 
     def __enter__(self) -> "StopRequest":
         self._before = signal.signal(signal.SIGTERM, self._note)
+        self._training.set()
         return self
 
     def __exit__(self, *error) -> None:
         signal.signal(signal.SIGTERM, self._before)
-        self._over.set()
+        self._training.clear()
 
     def in_worker(self, worker: int) -> None:
-        """Have a data worker end by SIGTERM only after training: a `worker_init_fn`.
+        """Have a data worker ignore SIGTERM during training: a `worker_init_fn`.
 
         Args:
             worker: Its number.
         """
-        over = self._over
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit() if over.is_set() else None)
+        training = self._training
+        signal.signal(signal.SIGTERM, lambda *_: None if training.is_set() else sys.exit())
 
     def _note(self, number, frame) -> None:
         self._here = True

@@ -150,3 +150,17 @@ def test_a_signal_to_the_whole_job_saves_it(tmp_path):
     (told,) = re.findall(r"Told to stop: step (\d+) is saved", "".join(lines))
     assert (tmp_path / "checkpoint" / f"step-{told}").is_dir()
     assert not processes_naming(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_job_that_does_not_train_ends_its_data_worker(tmp_path):
+    """Saving the loader's place starts its worker."""
+    done = subprocess.run(
+        [sys.executable, "-m", "nvfp4_titan.train", *OPTIONS, f"--job.dump_folder={tmp_path}"]
+        + ["--checkpoint.create_seed_checkpoint", "--training.dataloader.num_workers=1"],
+        env=environment(),
+        timeout=100,
+        **OUTPUT,
+    )
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "checkpoint" / "step-0").is_dir() and not processes_naming(tmp_path)
