@@ -2,9 +2,11 @@
 
 A corpus is the UTF-8 `.py` files under some folders, without tests: `stdlib` the running Python's
 standard library (about 13 MB), `pysource` everything on sys.path (hundreds of MB on a usual
-training machine). Files are told apart, split and ordered by the SHA-256 of their content:
-duplicates are dropped, one file in 20 is held out for validation, and the order is the same
-everywhere.
+training machine). One file in 20 is held out for validation. What is read is pieces of files, cut
+at line ends: a batch of torchtitan's is consecutive text, and would be of one file where files are
+long (half the bytes of `pysource` are in files of more than 32 KB). Files and pieces are told apart
+and ordered by the SHA-256 of their content: duplicates are dropped, neighbours come from different
+files, and the order is the same everywhere.
 
 Made once under the user's cache folder, by one process (others wait for its lock), and moved into
 place complete. Contents differ between Python versions, so the corpus carries its own hash.
@@ -28,11 +30,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..errors import ConfigError
 
-VERSION = 2
+VERSION = 3
 """Part of every cache path: raise it when what is written changes."""
 VOCAB_SIZE = 2048
 """Vocabulary of torchtitan's debug models."""
 VALIDATION_SHARE = 1 / 20
+PIECE = 8192
+"""Characters of a piece at most: about 2,800 tokens, more than a sequence of the small configs."""
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
@@ -50,18 +54,20 @@ class Corpus:
 
     Attributes:
         path: Folder that holds `train` and `validation` (datasets on disk) and `corpus.json`.
-        sha256: Hash over the hashes of all files, in order.
+        sha256: Hash over the hashes of all pieces, in order.
         files: Number of files in each split.
+        pieces: Number of pieces, the rows of each split.
         bytes: UTF-8 bytes in each split.
     """
 
     path: Path
     sha256: str
     files: dict[str, int]
+    pieces: dict[str, int]
     bytes: dict[str, int]
 
     def load(self, split: str) -> Dataset:
-        """A split as a map-style dataset with one column, "text", one file a row."""
+        """A split as a map-style dataset with one column, "text", one piece a row."""
         return load_from_disk(str(self.path / split))
 
 
@@ -145,7 +151,7 @@ def _write_corpus(folder: Path, paths: list[str], roots: list[str]) -> None:
         except UnicodeDecodeError:
             continue
         if text.strip():
-            texts[hashlib.sha256(content).hexdigest()] = text
+            texts[_digest(text)] = text
     if len(texts) < 2:
         raise ConfigError(
             f"{len(texts)} UTF-8 Python files under {', '.join(roots)}: training and validation "
@@ -156,15 +162,39 @@ def _write_corpus(folder: Path, paths: list[str], roots: list[str]) -> None:
     held_out = [digest for digest in order if int(digest[-8:], 16) < VALIDATION_SHARE * 16**8]
     held_out = (held_out or order[:1])[: len(order) - 1]
     chosen = {"validation": held_out, "train": [d for d in order if d not in set(held_out)]}
+    found = {
+        split: {_digest(piece): piece for d in chosen[split] for piece in pieces(texts[d])}
+        for split in SPLITS
+    }
+    # Nothing held out is read in training, unless all of it is.
+    unseen = {d: p for d, p in found["validation"].items() if d not in found["train"]}
+    found["validation"] = unseen or found["validation"]
     for split in SPLITS:
-        rows = {"text": [texts[digest] for digest in chosen[split]]}
+        rows = {"text": [piece for _, piece in sorted(found[split].items())]}
         Dataset.from_dict(rows).save_to_disk(str(folder / split))
+    order = [digest for split in SPLITS for digest in sorted(found[split])]
     record = {
         "sha256": hashlib.sha256("".join(order).encode()).hexdigest(),
         "files": {split: len(chosen[split]) for split in SPLITS},
-        "bytes": {s: sum(len(texts[d].encode()) for d in chosen[s]) for s in SPLITS},
+        "pieces": {split: len(found[split]) for split in SPLITS},
+        "bytes": {s: sum(len(piece.encode()) for piece in found[s].values()) for s in SPLITS},
     }
     (folder / "corpus.json").write_text(json.dumps(record, indent=2))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cut a text at line ends into pieces of at most `PIECE` characters; longer lines are cut."""
+    start = 0
+    while len(text) - start > PIECE:
+        cut = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+        yield text[start:cut]
+        start = cut
+    if text[start:].strip():
+        yield text[start:]
 
 
 def _write_tokenizer(folder: Path, corpus: Corpus) -> None:

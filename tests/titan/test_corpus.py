@@ -30,12 +30,40 @@ def sources(tmp_path, monkeypatch):
 def test_split_order_and_duplicates(sources):
     made = corpus.build("folder", [str(sources)])
     texts = {split: made.load(split)["text"] for split in corpus.SPLITS}
-    assert made.files == {split: len(texts[split]) for split in corpus.SPLITS}
+    assert made.files == made.pieces == {split: len(texts[split]) for split in corpus.SPLITS}
     assert sum(made.files.values()) == 57 and made.files["validation"] >= 1
     assert set(texts["train"]).isdisjoint(texts["validation"])
     for split in corpus.SPLITS:
         digests = [hashlib.sha256(t.encode()).hexdigest() for t in texts[split]]
         assert digests == sorted(digests)
+
+
+def test_long_files_are_read_in_pieces(sources):
+    """Cut at line ends, of which none is lost, with neighbours from different files."""
+    long = {name: f"{name} = 1\n" * 4000 + "z" * 20000 for name in ("first", "other")}
+    for name, text in long.items():
+        assert "".join(corpus.pieces(text)) == text
+        assert max(map(len, corpus.pieces(text))) <= corpus.PIECE
+        (sources / f"{name}.py").write_text("".join(f"{name}{i} = {i}\n" for i in range(4000)))
+    made = corpus.build("folder", [str(sources)])
+    texts = made.load("train")["text"]
+    assert made.pieces["train"] == len(texts) > made.files["train"]
+    whole = [t for t in texts if len(t) > corpus.PIECE / 2]
+    assert len(whole) > 10 and all(t.startswith(("first", "other")) for t in whole)
+    names = [t[:5] for t in whole]
+    assert names != sorted(names) and names != sorted(names, reverse=True)
+
+
+def test_what_is_held_out_is_not_read_in_training(sources):
+    """Files that differ in a line share their other pieces."""
+    shared = "".join(f"shared{i} = {i}\n" for i in range(3000))
+    for i in range(60):
+        (sources / f"long{i}.py").write_text(shared + f"own = {i}\n")
+    made = corpus.build("folder", [str(sources)])
+    texts = {split: made.load(split)["text"] for split in corpus.SPLITS}
+    assert any(t.startswith("shared0 ") for t in texts["train"])
+    assert set(texts["train"]).isdisjoint(texts["validation"])
+    assert any("own = " in t for t in texts["validation"])
 
 
 def test_hash_depends_on_content_alone(sources, tmp_path):
