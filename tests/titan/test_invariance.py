@@ -201,9 +201,9 @@ def check_losses(name, device, results):
     last = 2 if name in SHORT else STEPS
     assert list(ours) == list(one)[:last] == list(range(1, last + 1))
     # Another amax of an expert's tokens is another quantization of them: as much as NVFP4 itself
-    # changes the loss of the first step (4e-5).
+    # changes the loss of the first step (4e-5 to 2e-4, by the text).
     joint = "expert_parallel" in RUNS[name][2] and name not in CONTROLS
-    assert ours[1] == pytest.approx(one[1], rel=1e-4 if joint else 1e-5)
+    assert ours[1] == pytest.approx(one[1], rel=3e-4 if joint else 1e-5)
     assert ours[last] == pytest.approx(one[last], rel=1e-3)
 
 
