@@ -15,9 +15,6 @@ import torch
 import train_rank
 from filelock import FileLock
 from ranks import address, environment, on_devices, start_ranks, train_on_ranks
-from tokenizers import Tokenizer
-
-from nvfp4_titan.titan.corpus import tokenizer_path
 
 STEPS, SEQUENCES, LENGTH = 5, 4, 64
 CONFIGS = Path(__file__).parents[2] / "train_configs"
@@ -159,9 +156,12 @@ def cases(*names):
 
 
 def text():
-    """(steps, sequences, length + 1) tokens of real text."""
-    tokenizer = Tokenizer.from_file(str(tokenizer_path() / "tokenizer.json"))
-    ids = tokenizer.encode(Path(os.__file__).read_text()).ids
+    """(steps, sequences, length + 1) tokens of real text: Python's os.py.
+
+    Kept here, as the built-in tokenizer changes with Python and with the corpus, and how far joint
+    amaxes move a loss with the text (4e-5 here, 1.5e-4 in two others).
+    """
+    ids = json.loads(Path(__file__).with_name("invariance_tokens.json").read_text())
     count = STEPS * SEQUENCES * (LENGTH + 1)
     return torch.tensor(ids[:count]).view(STEPS, SEQUENCES, LENGTH + 1)
 
@@ -201,9 +201,9 @@ def check_losses(name, device, results):
     last = 2 if name in SHORT else STEPS
     assert list(ours) == list(one)[:last] == list(range(1, last + 1))
     # Another amax of an expert's tokens is another quantization of them: as much as NVFP4 itself
-    # changes the loss of the first step (4e-5 to 2e-4, by the text).
+    # changes the loss of the first step (4e-5).
     joint = "expert_parallel" in RUNS[name][2] and name not in CONTROLS
-    assert ours[1] == pytest.approx(one[1], rel=3e-4 if joint else 1e-5)
+    assert ours[1] == pytest.approx(one[1], rel=1e-4 if joint else 1e-5)
     assert ours[last] == pytest.approx(one[last], rel=1e-3)
 
 
