@@ -169,10 +169,11 @@ def _write_corpus(folder: Path, paths: list[str], roots: list[str]) -> None:
     # Nothing held out is read in training, unless all of it is.
     unseen = {d: p for d, p in found["validation"].items() if d not in found["train"]}
     found["validation"] = unseen or found["validation"]
+    found = {split: dict(sorted(found[split].items())) for split in SPLITS}
     for split in SPLITS:
-        rows = {"text": [piece for _, piece in sorted(found[split].items())]}
+        rows = {"text": list(found[split].values())}
         Dataset.from_dict(rows).save_to_disk(str(folder / split))
-    order = [digest for split in SPLITS for digest in sorted(found[split])]
+    order = [digest for split in SPLITS for digest in found[split]]
     record = {
         "sha256": hashlib.sha256("".join(order).encode()).hexdigest(),
         "files": {split: len(chosen[split]) for split in SPLITS},
