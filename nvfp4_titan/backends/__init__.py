@@ -8,12 +8,21 @@ import torch
 
 from ..errors import ConfigError, UnsupportedError
 from ..recipe import Recipe
-from .backend import Backend, OperandUse, stream
+from .backend import Backend, OperandUse, any_scaled, stream
 from .native import NATIVE, NATIVE_SOFTWARE_SR
 from .reference import REFERENCE
 from .triton import TRITON
 
-__all__ = ["AUTO_ORDER", "BACKENDS", "BACKEND_NAMES", "Backend", "OperandUse", "resolve", "stream"]
+__all__ = [
+    "AUTO_ORDER",
+    "BACKENDS",
+    "BACKEND_NAMES",
+    "Backend",
+    "OperandUse",
+    "any_scaled",
+    "resolve",
+    "stream",
+]
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {backend.name: backend for backend in (REFERENCE, TRITON, NATIVE, NATIVE_SOFTWARE_SR)}

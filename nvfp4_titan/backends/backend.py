@@ -63,6 +63,11 @@ def streams_and_key(
     return [use.stream if use else 0 for use in uses], key if keyed else None
 
 
+def any_scaled(*uses: OperandUse | None) -> bool:
+    """Whether any use has a scale per tensor, and so needs an amax."""
+    return any(use and use.format.format.tensor_scale for use in uses)
+
+
 class Unavailable(Protocol):
     """Tells whether a backend runs here."""
 

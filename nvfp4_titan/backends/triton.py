@@ -17,7 +17,7 @@ import torch
 from ..numerics import QuantizedOperand
 from ..recipe import FORMATS
 from . import triton_ops as ops
-from .backend import Backend, GemmOp, Operands, OperandUse, streams_and_key
+from .backend import Backend, GemmOp, Operands, OperandUse, any_scaled, streams_and_key
 
 _INSTALLED = find_spec("triton") is not None
 # Triton reads it on import, so that it cannot change later.
@@ -46,7 +46,7 @@ def _quantize(
         amax = amax.contiguous()
     specs = _spec(rows), _spec(cols)
     outputs = list(ops.quantize(t, offs, *specs, streams, key, amax, list(offset)))
-    if amax is None and any(use and use.format.format.tensor_scale for use in (rows, cols)):
+    if amax is None and any_scaled(rows, cols):
         amax = outputs.pop()
     row_operand = _operand(rows, outputs, amax, 0, t.shape[-1])
     return row_operand, _operand(cols, outputs, amax, 1, t.shape[-2])

@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..backends import Backend, OperandUse, stream
+from ..backends import Backend, OperandUse, any_scaled, stream
 from ..distributed import (
     GatheredWeight,
     GemmShards,
@@ -40,7 +40,7 @@ from ..distributed import (
     gathered_operand,
     reduced_amax,
 )
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..numerics import QuantizedOperand
 from ..recipe import Recipe
 
@@ -302,6 +302,11 @@ def _quantize_weight(
     amax: torch.Tensor | None,
 ) -> tuple[QuantizedOperand | None, QuantizedOperand | None]:
     """Operands of w; `amax` is that of the whole weight where it is known."""
+    if amax is not None and (amax.dim() != w.dim() - 1 or amax.shape[-1] != 2):
+        raise ConfigError(
+            f"weight_amax {tuple(amax.shape)} does not fit w {tuple(w.shape)}: make it with "
+            "nvfp4_titan.distributed.amax_in_dtypes, a pair for w or for each expert"
+        )
     # The RHT changes the amax.
     if amax is None or any(use and use.format.rht for use in uses):
         return _quantize(backend, w, *uses, key, None, place)
@@ -339,8 +344,7 @@ def _quantize(
     if place is None or not place[1].sharded:
         return backend.quantize(t, rows, cols, key, offs, amax)
     mesh, shard = place
-    scaled = any(use and use.format.format.tensor_scale for use in (rows, cols))
-    if amax is None and scaled:
+    if amax is None and any_scaled(rows, cols):
         amax = reduced_amax(backend.amax(t, rows, cols, offs), mesh)
     return backend.quantize(t, rows, cols, key, offs, amax, shard.offset)
 

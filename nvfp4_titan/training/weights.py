@@ -48,7 +48,6 @@ class _State:
     keep_weights: bool
     fresh: bool = False
     weights: list[ShardedWeight] = field(default_factory=list)
-    amaxes: list[torch.Tensor] = field(default_factory=list)
     reported: bool = False
     known: Known = field(default_factory=Known)
     versions: list[int] = field(default_factory=list)
@@ -153,8 +152,6 @@ def _known_amaxes(state: _State) -> list[torch.Tensor]:
         largest = torch.stack([amaxes[i] for i in group]).amax(0)
         for i in group:
             amaxes[i] = largest
-    if not amaxes:
-        return []
     known = amax_in_dtypes(torch.cat([amax.reshape(-1) for amax in amaxes]))
     parts = known.split([amax.numel() for amax in amaxes])
     return [part.reshape(*amax.shape, 2) for part, amax in zip(parts, amaxes, strict=True)]
@@ -162,14 +159,14 @@ def _known_amaxes(state: _State) -> list[torch.Tensor]:
 
 def _refresh(state: _State) -> None:
     with torch.inference_mode(False), torch.no_grad():
-        amaxes = _known_amaxes(state)
-        if not state.amaxes:
-            state.amaxes = [amax.clone() for amax in amaxes]
-            for weight, amax in zip(state.weights, state.amaxes, strict=True):
-                weight.module.weight_amaxes[weight.name] = amax
-        elif amaxes:
+        if state.weights:
+            amaxes = _known_amaxes(state)
             # In place: compiled graphs and gathered weights hold the tensors.
-            torch._foreach_copy_(state.amaxes, amaxes)
+            held = [
+                weight.module.weight_amaxes.setdefault(weight.name, torch.empty_like(amax))
+                for weight, amax in zip(state.weights, amaxes, strict=True)
+            ]
+            torch._foreach_copy_(held, amaxes)
     state.known.epoch += 1
     if torch.cuda.is_available() and state.weights and state.weights[0].device.type == "cuda":
         # FSDP quantizes shards on a stream of its own.

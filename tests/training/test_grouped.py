@@ -183,6 +183,7 @@ NVFP4 = RECIPES["nvfp4"]
         ({"offs": torch.tensor([4], dtype=torch.int32)}, "2 group ends"),
         ({"offs": torch.tensor([3, 2], dtype=torch.int32)}, "must not decrease"),
         ({"offs": torch.tensor([2, 5], dtype=torch.int32)}, "4 rows of x"),
+        ({"weight_amax": torch.ones(2)}, "amax_in_dtypes"),
         ({"recipe": Recipe("sq", GemmFormat(SQUARE, SQUARE), NVFP4.dgrad, NVFP4.wgrad)}, "1x16"),
     ],
 )

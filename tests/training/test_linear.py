@@ -320,6 +320,10 @@ def test_unquantized_recipe_is_the_plain_linear():
         (lambda: linear(torch.ones(2, 8), torch.ones(4, 8), backend="cuda"), "use one of auto"),
         (lambda: linear(torch.ones(2, 8).double(), torch.ones(4, 8).double()), "float16"),
         (lambda: linear(torch.ones(2, 0), torch.ones(4, 0)), "size 0"),
+        (
+            lambda: linear(torch.ones(2, 8), torch.ones(4, 8), weight_amax=torch.tensor(1.0)),
+            "amax_in_dtypes",
+        ),
     ],
 )
 def test_errors_name_the_fix(call, fragment):
