@@ -255,3 +255,4 @@ def test_the_rounding_of_an_amax_survives_a_compiler():
         rounded = amax.to(dtype).float().expand(2, 3)
         for found in (uses(amax), torch.compile(uses, fullgraph=True)(amax)):
             torch.testing.assert_close(found, rounded, rtol=0, atol=0, equal_nan=True)
+        assert (rounded[0, 0] == amax[0]) == (dtype == torch.float32)
