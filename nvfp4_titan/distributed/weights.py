@@ -120,7 +120,9 @@ def weight_amaxes(weights: Sequence[ShardedWeight]) -> list[torch.Tensor]:
     if parts:
         # The infinity norm is max |x|, of hundreds of tensors in a few kernels.
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(parts, float("inf"))])
-        amaxes[places] = norms.to(amaxes.device)
+        # Indexing by a list would wait for all that the GPU still has to do.
+        index = torch.tensor(places).to(amaxes.device, non_blocking=True)
+        amaxes.index_copy_(0, index, norms.to(amaxes.device))
     by_weight = amaxes.split(counts)
     _reduce(weights, by_weight)
     return [
