@@ -9,8 +9,8 @@ after, it is how Python ends them.
 """
 
 import multiprocessing
+import os
 import signal
-import sys
 
 import torch
 from torch import distributed
@@ -21,16 +21,17 @@ class StopRequest:
 
     def __init__(self):
         self._here = False
-        self._training = multiprocessing.Event()
+        # No Event: its lock could be held where the signal comes in.
+        self._training = multiprocessing.RawValue("b", False)
 
     def __enter__(self) -> "StopRequest":
         self._before = signal.signal(signal.SIGTERM, self._note)
-        self._training.set()
+        self._training.value = True
         return self
 
     def __exit__(self, *error) -> None:
         signal.signal(signal.SIGTERM, self._before)
-        self._training.clear()
+        self._training.value = False
 
     def in_worker(self, worker: int) -> None:
         """Have a data worker ignore SIGTERM during training: a `worker_init_fn`.
@@ -39,7 +40,8 @@ class StopRequest:
             worker: Its number.
         """
         training = self._training
-        signal.signal(signal.SIGTERM, lambda *_: None if training.is_set() else sys.exit())
+        # At once: an exit in good order would wait for batches to be read that nobody wants.
+        signal.signal(signal.SIGTERM, lambda *_: None if training.value else os._exit(0))
 
     def _note(self, number, frame) -> None:
         self._here = True

@@ -60,11 +60,13 @@ class NVFP4Trainer(Trainer):
         cpu_runtime.prepare_trainer(self.model_parts)
         if distributed.get_rank() == 0:
             record.write(job_config, self.model_parts)
-        if job_config.validation.enable:
-            prepare_validator(self.validator, job_config.training.steps)
         self.stop = StopRequest()
         if job_config.checkpoint.enable:
             self.dataloader.worker_init_fn = self.stop.in_worker
+        if job_config.validation.enable:
+            if job_config.checkpoint.enable:
+                self.validator.validation_dataloader.worker_init_fn = self.stop.in_worker
+            prepare_validator(self.validator, job_config.training.steps)
         self.steps_done, self.checksum = 0, 0
 
     def train(self) -> None:

@@ -35,7 +35,9 @@ OUTPUT = {
 
 def environment(**extra):
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
+    # torchrun of this Python, also where its environment is not the active one
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    return inherited | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
 
 
 def processes_naming(folder):
@@ -132,11 +134,16 @@ def test_multinode_says_what_is_missing():
 
 @pytest.mark.slow
 def test_a_signal_to_the_whole_job_saves_it(tmp_path):
-    """Slurm's SIGTERM reaches the data worker too, whose death would end the rank at once."""
+    """Slurm's SIGTERM reaches the data workers too, whose death would end the rank at once.
+
+    Here both loaders' are alive: it comes during a validation.
+    """
     job = subprocess.Popen(
         [sys.executable, "-m", "nvfp4_titan.train", *OPTIONS, f"--job.dump_folder={tmp_path}"]
-        + ["--training.steps=100000", "--checkpoint.interval=100000"]
-        + ["--training.dataloader.num_workers=1"],
+        + ["--training.steps=9", "--checkpoint.interval=1000"]
+        + ["--training.dataloader.num_workers=1", "--validation.dataloader.num_workers=1"]
+        + ["--validation.enable", "--validation.freq=3", "--validation.steps=40"]
+        + ["--validation.seq_len=64"],
         env=environment(),
         start_new_session=True,
         **OUTPUT,
@@ -144,12 +151,47 @@ def test_a_signal_to_the_whole_job_saves_it(tmp_path):
     lines = []
     for line in job.stdout:
         lines.append(line)
-        if re.search(r"step:\s+3 ", line):
+        if re.search(r"step:\s+3 .*tps", line) and "validate" not in line:
+            time.sleep(1)
             os.killpg(job.pid, signal.SIGTERM)
     assert job.wait(60) == 0, "".join(lines)
     (told,) = re.findall(r"Told to stop: step (\d+) is saved", "".join(lines))
     assert (tmp_path / "checkpoint" / f"step-{told}").is_dir()
     assert not processes_naming(tmp_path)
+
+
+LONG_DOCUMENTS = """
+import sys
+import time
+from contextlib import nullcontext
+from torch.utils.data import IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from nvfp4_titan.titan.stopping import StopRequest
+
+class Documents(IterableDataset):
+    batch = 0
+    def __iter__(self):
+        for self.batch in range(1000):
+            yield 0
+    def state_dict(self):  # torchtitan's has the tokens of the document in hand
+        return {"token_buffer": [self.batch + i for i in range(100000)]}
+    def load_state_dict(self, state):
+        pass
+
+stop = StopRequest()
+loader = StatefulDataLoader(Documents(), num_workers=1, worker_init_fn=stop.in_worker)
+with stop if sys.argv[1] == "trains" else nullcontext():
+    batches = iter(loader)
+    next(batches)
+    time.sleep(1)  # until the pipe is full
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["trains", "does not"])
+def test_a_worker_with_batches_left_ends(what):
+    """What it still has to send does not fit into the pipe, and nobody reads it."""
+    subprocess.run([sys.executable, "-c", LONG_DOCUMENTS, what], env=environment(), timeout=60)
 
 
 @pytest.mark.slow
