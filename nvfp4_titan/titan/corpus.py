@@ -6,7 +6,8 @@ training machine). One file in 20 is held out for validation. What is read is pi
 at line ends: a batch of torchtitan's is consecutive text, and would be of one file where files are
 long (half the bytes of `pysource` are in files of more than 32 KB). Files and pieces are told apart
 and ordered by the SHA-256 of their content: duplicates are dropped, neighbours come from different
-files, and the order is the same everywhere.
+files, and the order is the same everywhere. What files share but for an insertion before it is no
+duplicate: about a seventh of the held-out text is in training files too (docs/convergence.md).
 
 Made once under the user's cache folder, by one process (others wait for its lock), and moved into
 place complete. Contents differ between Python versions, so the corpus carries its own hash.
@@ -166,7 +167,7 @@ def _write_corpus(folder: Path, paths: list[str], roots: list[str]) -> None:
         split: {_digest(piece): piece for d in chosen[split] for piece in pieces(texts[d])}
         for split in SPLITS
     }
-    # Nothing held out is read in training, unless all of it is.
+    # No piece that is held out is one of training, unless all are.
     unseen = {d: p for d, p in found["validation"].items() if d not in found["train"]}
     found["validation"] = unseen or found["validation"]
     found = {split: dict(sorted(found[split].items())) for split in SPLITS}

@@ -54,7 +54,7 @@ def test_long_files_are_read_in_pieces(sources):
     assert names != sorted(names) and names != sorted(names, reverse=True)
 
 
-def test_what_is_held_out_is_not_read_in_training(sources):
+def test_no_held_out_piece_is_one_of_training(sources):
     """Files that differ in a line share their other pieces."""
     shared = "".join(f"shared{i} = {i}\n" for i in range(3000))
     for i in range(60):
