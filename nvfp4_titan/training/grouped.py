@@ -36,7 +36,7 @@ def grouped_mm(
         recipe: Name in `RECIPES`, or a Recipe with one-row blocks for x and dy. "bf16" is
             torch._grouped_mm itself, which leaves rows of no group undefined.
         backend: Name ("auto" picks), or a Backend.
-        key: int64 CPU scalar from `key_tensor`, the SR key; None uses that of seed 0, name "".
+        key: int64 scalar from `key_tensor`, the SR key; None uses that of seed 0, name "".
         shards: None, or the place of x, w and dy in the whole where experts are sharded over ranks
             (`expert_shards`).
         weight_amax: fp32 (E, 2), `amax_in_dtypes` of max |w| of each whole expert where it is known
@@ -74,9 +74,10 @@ def _check(x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor, recipe: Recipe)
         )
     if x.dtype != w.dtype:
         raise ConfigError(f"x is {x.dtype} and w is {w.dtype}: cast one")
-    if offs.shape != w.shape[:1] or offs.dtype != torch.int32:
+    if offs.shape != w.shape[:1] or offs.dtype != torch.int32 or offs.device != x.device:
         raise ConfigError(
-            f"offs {tuple(offs.shape)} {offs.dtype} must hold the {w.shape[0]} group ends as int32"
+            f"offs {tuple(offs.shape)} {offs.dtype} on {offs.device} must hold the {w.shape[0]} "
+            f"group ends as int32 on {x.device}"
         )
     if recipe.quantized:
         check_operands(x, w)

@@ -183,7 +183,12 @@ NVFP4 = RECIPES["nvfp4"]
         ({"offs": torch.tensor([4], dtype=torch.int32)}, "2 group ends"),
         ({"offs": torch.tensor([3, 2], dtype=torch.int32)}, "must not decrease"),
         ({"offs": torch.tensor([2, 5], dtype=torch.int32)}, "4 rows of x"),
+        ({"offs": torch.tensor([2, 4], dtype=torch.int32, device="meta")}, "on cpu"),
         ({"weight_amax": torch.ones(2)}, "amax_in_dtypes"),
+        ({"weight_amax": torch.ones(1, 2)}, "amax_in_dtypes"),
+        ({"weight_amax": torch.ones(3, 2)}, "amax_in_dtypes"),
+        ({"weight_amax": torch.ones(2, 2).bfloat16()}, "amax_in_dtypes"),
+        ({"weight_amax": torch.ones(2, 2, device="meta")}, "on meta"),
         ({"recipe": Recipe("sq", GemmFormat(SQUARE, SQUARE), NVFP4.dgrad, NVFP4.wgrad)}, "1x16"),
     ],
 )
