@@ -302,10 +302,13 @@ def _quantize_weight(
     amax: torch.Tensor | None,
 ) -> tuple[QuantizedOperand | None, QuantizedOperand | None]:
     """Operands of w; `amax` is that of the whole weight where it is known."""
-    if amax is not None and (amax.dim() != w.dim() - 1 or amax.shape[-1] != 2):
+    if amax is not None and (
+        amax.shape != (*w.shape[:-2], 2) or amax.dtype != torch.float32 or amax.device != w.device
+    ):
         raise ConfigError(
-            f"weight_amax {tuple(amax.shape)} does not fit w {tuple(w.shape)}: make it with "
-            "nvfp4_titan.distributed.amax_in_dtypes, a pair for w or for each expert"
+            f"weight_amax {tuple(amax.shape)}, {amax.dtype} on {amax.device}, does not fit w "
+            f"{tuple(w.shape)} on {w.device}: make it with "
+            "nvfp4_titan.distributed.amax_in_dtypes, a float32 pair for w or for each expert"
         )
     # The RHT changes the amax.
     if amax is None or any(use and use.format.rht for use in uses):

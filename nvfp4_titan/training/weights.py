@@ -105,6 +105,8 @@ def invalidate_weights(model: nn.Module) -> None:
 def refresh_weights(model: nn.Module) -> None:
     """Take the amaxes of a tracked model again, now that its weights changed; on all ranks alike.
 
+    No backward may be outstanding: what a forward kept may read the amaxes that it replaces.
+
     Before the first forward, where the shards are not yet known, it is left to that forward.
     """
     state = getattr(model, _STATE)
