@@ -10,6 +10,7 @@ not read.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -63,6 +64,16 @@ def streams_and_key(
     return [use.stream if use else 0 for use in uses], key if keyed else None
 
 
+def key_on(key: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """An SR key where kernels of a device can read it; a copy made for that is kept."""
+    return key if key is None or key.device == device else _key_copy(int(key), device)
+
+
+@lru_cache(maxsize=4096)
+def _key_copy(key: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(key, dtype=torch.int64, device=device)
+
+
 def any_scaled(*uses: OperandUse | None) -> bool:
     """Whether any use has a scale per tensor, and so needs an amax."""
     return any(use and use.format.format.tensor_scale for use in uses)
@@ -98,7 +109,7 @@ class Quantize(Protocol):
             t: (M, K) activations, gradients or weights; (E, N, K) expert weights.
             rows: Use of t with the contraction along K (its last dim), or None.
             cols: Use of t.T, with the contraction along the dim before, or None.
-            key: int64 CPU scalar, the layer's SR key.
+            key: int64 scalar, the layer's SR key.
             offs: Group ends, for grouped activations and gradients.
             amax: None, or fp32 amaxes of the two uses, reduced over ranks that share t: (2,), or
                 (2, E) where t is grouped. Not read for formats without a scale per tensor.
@@ -200,7 +211,9 @@ class GemmOp:
 class Backend:
     """Operations of a backend; the protocols above say what each takes and returns.
 
-    `formats` are the names of the element formats that it quantizes and multiplies.
+    `formats` are the names of the element formats that it quantizes and multiplies. Kernels read
+    an SR key in memory (`key_on_device`), which CUDA graphs can hold; else a key that is on the CPU
+    is read without waiting for anything.
     """
 
     name: str
@@ -212,3 +225,4 @@ class Backend:
     gemm: GemmOp
     formats: frozenset[str] = frozenset({NVFP4.name})
     dequantize: Dequantize = oracle_dequantize
+    key_on_device: bool = False

@@ -156,6 +156,7 @@ def _backend(name: str, mode: str) -> Backend:
         mm=partial(_mm, mode),
         wgrad=partial(_wgrad, mode),
         gemm=GemmOp("nvfp4_titan::native_mm", _weight_shape),
+        key_on_device=True,
     )
 
 

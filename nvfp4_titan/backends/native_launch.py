@@ -16,7 +16,6 @@ from .triton_launch import (
     _flat,
     _use_constants,
     _warps,
-    _words,
     amax_triton,
     ptx_level,
 )
@@ -64,7 +63,7 @@ def quantize_native(
     rows: str,
     cols: str,
     streams: list[int],
-    key: int,
+    key: torch.Tensor | None,
     amax: torch.Tensor | None,
     offset: tuple[int, int],
     conversions: str,
@@ -77,7 +76,7 @@ def quantize_native(
         rows: Format of its use along the last dim, or "".
         cols: Format of its use along the dim before, or "".
         streams: SR streams of the two.
-        key: SR key.
+        key: SR key, int64 on t's device; None without SR.
         amax: Amaxes to use, or None.
         offset: Global (row, column) of t's first element.
         conversions: See `levels`.
@@ -114,7 +113,7 @@ def quantize_native(
     launch(
         _native_quantize_kernel,
         _programs(blocks, slots.columns, columns),
-        (flat, flat.stride(0), offs, amaxes, *pointers, *sizes, *offset, *streams, *_words(key)),
+        (flat, flat.stride(0), offs, amaxes, *pointers, *sizes, *offset, *streams, key),
         {name: constants[name] for name in names if name in constants},
         num_warps=_warps(columns),
     )

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..recipe import OperandFormat
-from .backend import OperandUse
+from .backend import OperandUse, key_on
 from .native_gemm import (
     TORCH,
     GemmOperand,
@@ -82,10 +82,9 @@ def quantize(
     """
     shape = (2, *_groups(t, offs))
     if runs_kernels(t.device, mode):
-        seed = 0 if key is None else int(key)
         options = (amax, tuple(offset), CONVERSIONS[mode])
         outputs, amaxes = _module("native_launch").quantize_native(
-            t, offs, rows, cols, streams, seed, *options
+            t, offs, rows, cols, streams, key_on(key, t.device), *options
         )
         return (*outputs, amaxes.view(shape))
     uses = [

@@ -27,6 +27,7 @@ from .triton_quantize import COUNTERS, amax_of_blocks, spread
 from .triton_rounding import (
     bits,
     block_scales,
+    load_key,
     number,
     random_words,
     rht_columns,
@@ -196,7 +197,7 @@ def write_rows(
         codes_ptr: int16, (R, Kp / 4).
         scale_ptr: uint8, blocked.
         scale_row: Row of the tile's first in the scales.
-        counters: Row and block of the tile's first in SR counters, stream, halves of the key.
+        counters: Row and block of the tile's first in SR counters, stream, the SR key.
         width: Kp / 16.
     """
     blocks = column // 16 + tl.arange(0, C // 16)
@@ -221,9 +222,9 @@ def write_rows(
             code, _, encode = block_scales(block_amax, scales, True, PTX)
         word = 0
         if SR:
-            row_counter, first_block, stream, key_low, key_high = counters
+            row_counter, first_block, stream, key = counters
             position = row_counter + i, first_block + tl.arange(0, C // 16)
-            w = random_words(*position, block_amax, amax, stream, key_low, key_high)
+            w = random_words(*position, block_amax, amax, stream, key)
             quarter = tl.arange(0, C // 4) & 3
             low = tl.where(quarter == 0, quarters(w[0], C), quarters(w[1], C))
             high = tl.where(quarter == 2, quarters(w[2], C), quarters(w[3], C))
@@ -285,9 +286,9 @@ def write_columns(
     code, _, encode = block_scales(block_amax, scales, True, PTX)
     words = (0, 0, 0, 0)
     if SR:
-        row_counter, block_counter, stream, key_low, key_high = counters
+        row_counter, block_counter, stream, key = counters
         row = row_counter + tl.arange(0, C)
-        words = random_words(row, block_counter, block_amax, amax, stream, key_low, key_high)
+        words = random_words(row, block_counter, block_amax, amax, stream, key)
     packed = ()
     for i in tl.static_range(4):
         four = codes_of_four(
@@ -338,8 +339,7 @@ def _native_quantize_kernel(
     first_column,
     row_stream,
     col_stream,
-    key_low,
-    key_high,
+    key_ptr,
     GROUPS: tl.constexpr,
     ROW: tl.constexpr,
     ROW_SQUARE: tl.constexpr,
@@ -388,8 +388,7 @@ def _native_quantize_kernel(
                 first_row + block * 16,
                 first_column // 16 + column // 16,
                 row_stream,
-                key_low,
-                key_high,
+                load_key(key_ptr, ROW_SR),
             ),
             column,
             width,
@@ -421,7 +420,7 @@ def _native_quantize_kernel(
             code_block,
             block,
             tl.where(needed, blocks, 0),
-            (first_column + column, first_row // 16 + block, col_stream, key_low, key_high),
+            (first_column + column, first_row // 16 + block, col_stream, load_key(key_ptr, COL_SR)),
             column,
             K,
             COL_SQUARE,

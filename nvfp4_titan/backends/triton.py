@@ -176,4 +176,5 @@ TRITON = Backend(
     gemm=GemmOp("nvfp4_titan::triton_gemm", _weight_shape),
     formats=frozenset(FORMATS),
     dequantize=_dequantize,
+    key_on_device=True,
 )

@@ -206,7 +206,7 @@ def quantize_triton(
     amax: torch.Tensor | None,
     outputs: list[torch.Tensor | None],
     streams: list[int],
-    key: int,
+    key: torch.Tensor | None,
     offset: tuple[int, int],
 ) -> None:
     """Quantize a tensor for its uses.
@@ -220,7 +220,7 @@ def quantize_triton(
         outputs: Codes, scales (of the formats' dtypes), values (bf16) of the row operand, then of
             the column operand, in the layout of triton_quantize.py; None where unused.
         streams: SR streams of the two uses.
-        key: SR key.
+        key: SR key, int64 on t's device; None without SR.
         offset: Global (row, column) of t's first element.
     """
     if not t.numel():
@@ -232,7 +232,7 @@ def quantize_triton(
     )
     # None where nothing is written, as the kernel is compiled ahead of time, too.
     pointers = [o if o is None else _as_integers(o) for o in outputs]
-    counters = (*offset, *streams, *_words(key))
+    counters = (*offset, *streams, key)
     for part in launches:
         part(flat, flat.stride(0), offs, amax, *pointers, *part.sizes, *counters)
 
@@ -311,12 +311,6 @@ def max_registers(dtype: torch.dtype, level: int, grouped: bool, sr: bool) -> in
         sr: Whether a use is rounded stochastically.
     """
     return MAX_REGISTERS if grouped and not sr and dtype == torch.bfloat16 and level >= 89 else None
-
-
-@cache
-def _words(key: int) -> tuple[int, int]:
-    """Low and high half of a 64-bit key as signed 32-bit integers."""
-    return tuple(((word + 2**31) & 0xFFFFFFFF) - 2**31 for word in (key, key >> 32))
 
 
 def unpack_triton(

@@ -22,6 +22,7 @@ from ..formats import BLOCK, BlockFormat
 from ..numerics.grouped import padded_rows
 from ..recipe import FORMATS, OperandFormat
 from . import cublas
+from .backend import key_on
 from .registration import fake_of, functional_op
 
 _logger = logging.getLogger(__name__)
@@ -146,8 +147,8 @@ def quantize(
     if amax is None and _any_scaled(rows, cols):
         amax = launch.amax_triton(t, offs, *uses, (2, *_groups(t, offs)))
         returned.append(amax)
-    seed = 0 if key is None else int(key)
-    launch.quantize_triton(t, offs, *uses, amax, outputs, streams, seed, tuple(offset))
+    key = key_on(key, t.device)
+    launch.quantize_triton(t, offs, *uses, amax, outputs, streams, key, tuple(offset))
     return returned
 
 

@@ -33,6 +33,7 @@ from .triton_mxfp8 import e4m3_codes, e4m3_values, mxfp8_decode, mxfp8_scales
 from .triton_rounding import (
     MAGNITUDE_BITS,
     bits,
+    load_key,
     random_words,
     rht_columns,
     rht_rows,
@@ -42,7 +43,7 @@ from .triton_rounding import (
 )
 from .triton_targets import scales_of_columns, scales_of_rows, spread
 
-COUNTERS = ["first_row", "first_column", "row_stream", "col_stream", "key_low", "key_high"]
+COUNTERS = ["first_row", "first_column", "row_stream", "col_stream"]
 """Arguments whose values must not compile a kernel of their own."""
 
 
@@ -109,8 +110,7 @@ def quantize_rows(
     counter_row,
     counter_block,
     stream,
-    key_low,
-    key_high,
+    key,
     column,
     padded_columns,
     FORMAT: tl.constexpr,
@@ -137,8 +137,7 @@ def quantize_rows(
         counter_row: First row in SR counters.
         counter_block: First column in SR counters, in blocks.
         stream: SR stream.
-        key_low: Low half of the SR key.
-        key_high: High half.
+        key: SR key, from `load_key`.
         column: First column of the tile.
         padded_columns: Kp.
         FORMAT: BlockFormat.
@@ -172,7 +171,7 @@ def quantize_rows(
         if SR:
             position = counter_row + row, counter_block + block
             counted = counted_amax(amax, FORMAT)
-            words = random_words(*position, block_amax, counted, stream, key_low, key_high)
+            words = random_words(*position, block_amax, counted, stream, key)
             word, byte = words_of_elements(words, SIZE), tl.arange(0, SIZE) & 3
         lanes = e2m1(x, spread(encode, SIZE), word, byte, SR, PACKED, PTX)
     rows = end - first_row
@@ -216,8 +215,7 @@ def quantize_columns(
     counter_row,
     counter_block,
     stream,
-    key_low,
-    key_high,
+    key,
     column,
     K,
     FORMAT: tl.constexpr,
@@ -266,7 +264,7 @@ def quantize_columns(
         if SR:
             position = counter_row + tl.arange(0, C), counter_block
             counted = counted_amax(amax, FORMAT)
-            words = random_words(*position, block_amax, counted, stream, key_low, key_high)
+            words = random_words(*position, block_amax, counted, stream, key)
         factor = gemm_factor_bits(value, gemm_factor(amax, FORMAT.encode_max))
     start = slot_block.to(tl.int64) * K
     # One address in 64 bits each; what is not written has no pointer.
@@ -315,8 +313,7 @@ def _quantize_kernel(
     first_column,
     row_stream,
     col_stream,
-    key_low,
-    key_high,
+    key_ptr,
     GROUPS: tl.constexpr,
     ROW: tl.constexpr,
     ROW_FORMAT: tl.constexpr,
@@ -350,6 +347,7 @@ def _quantize_kernel(
     group, block, start, end = locate(slot_block, offs_ptr, rows, num_groups, GROUPS, ROWS)
     needed = group < num_groups
     if ROW:
+        key = load_key(key_ptr, ROW_SR)
         amax = load_amax(amax_ptr, group, needed, ROW_FORMAT)
         x = load_flat(x_ptr, pitch, start + block * ROWS, end, column, K, C, WHOLE, ROWS)
         quantize_rows(
@@ -363,8 +361,7 @@ def _quantize_kernel(
             first_row + block * ROWS,
             first_column // 16 + column // 16,
             row_stream,
-            key_low,
-            key_high,
+            key,
             column,
             tl.cdiv(K, ROW_FORMAT.block) * ROW_FORMAT.block,
             ROW_FORMAT,
@@ -379,6 +376,7 @@ def _quantize_kernel(
             PTX,
         )
     if COL:
+        key = load_key(key_ptr, COL_SR)
         amax = load_amax(amax_ptr, num_groups + group, needed, COL_FORMAT)
         columns = column + tl.arange(0, C)
         tile = load_tile(x_ptr, pitch, start + block * ROWS, end, columns, K, WHOLE, ROWS)
@@ -392,8 +390,7 @@ def _quantize_kernel(
             first_column + column,
             first_row // 16 + block,
             col_stream,
-            key_low,
-            key_high,
+            key,
             column,
             K,
             COL_FORMAT,

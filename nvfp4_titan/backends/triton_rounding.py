@@ -245,7 +245,19 @@ def bf16_mantissa(amax_bits):
 
 
 @triton.jit
-def random_words(row, block, block_amax, amax, stream, key_low, key_high):
+def load_key(key_ptr, SR: tl.constexpr):
+    """The SR key, int64 in memory, where a CUDA graph finds that of the layer it is replayed for.
+
+    Read once for each use of a tile: held for longer, its registers are missed elsewhere.
+    """
+    if SR:
+        return tl.load(key_ptr)
+    else:
+        return 0
+
+
+@triton.jit
+def random_words(row, block, block_amax, amax, stream, key):
     """Four uint32 words for the 16 elements of each block: `philox` with their mantissas.
 
     Args:
@@ -254,11 +266,10 @@ def random_words(row, block, block_amax, amax, stream, key_low, key_high):
         block_amax: int32 bits of their amaxes.
         amax: fp32 scalar, of the tensor.
         stream: See philox.
-        key_low: See philox.
-        key_high: See philox.
+        key: int64 scalar, from `load_key`.
     """
     mantissas = bf16_mantissa(block_amax) | (bf16_mantissa(bits(amax)) << 7)
-    return philox(row, block, mantissas, stream, key_low, key_high)
+    return philox(row, block, mantissas, stream, key.to(tl.int32), (key >> 32).to(tl.int32))
 
 
 @triton.jit

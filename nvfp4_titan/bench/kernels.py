@@ -62,6 +62,7 @@ def quantize_kernels(t: torch.Tensor, offs: torch.Tensor | None) -> dict[str, Ke
             ((r * t.shape[1],), torch.bfloat16),
         )
     ]
+    key = torch.tensor(12345678901234, device=t.device)
     kernels = {}
     for name, uses in USES.items():
         if offs is not None and name == "w":
@@ -70,7 +71,7 @@ def quantize_kernels(t: torch.Tensor, offs: torch.Tensor | None) -> dict[str, Ke
         amax = take()
 
         def quantize(uses=uses, amax=amax):
-            launch.quantize_triton(t, offs, *uses, amax, outputs, [0, 1], 12345678901234, (0, 0))
+            launch.quantize_triton(t, offs, *uses, amax, outputs, [0, 1], key, (0, 0))
 
         moved = 2 * elements + sum(written(use, elements) for use in uses)
         kernels[f"triton quantize {name}"] = Kernel(quantize, moved)

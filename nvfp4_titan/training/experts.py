@@ -30,7 +30,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..recipe import Recipe
 from .functions import KeptWeight
 from .grouped import grouped_mm
-from .linear import cast_input, check_operands, key_tensor, local_linear
+from .linear import cast_input, check_operands, key_tensor, local_linear, placed_key
 
 aten = torch.ops.aten
 _KEEP = {
@@ -83,7 +83,7 @@ class ExpertWeight(torch.Tensor):
 
     Attributes:
         data_: The plain weights, (E, N, K) or a part of them.
-        key: int64 CPU scalar, the SR key.
+        key: int64 scalar, the SR key.
         options: ExpertOptions.
         amax: fp32 (E, 2), of each whole expert, where it is known; its dims follow data_'s.
         kept_0: And so on: tensors of a KeptWeight of the whole parameter, as it is stored; None
@@ -271,6 +271,17 @@ class WrappingExperts:
         finally:
             self._wrapping = False
 
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        self._place_keys()
+        return self
+
+    def _place_keys(self) -> None:
+        self._converted = {
+            name: (placed_key(key, self._parameters[name], options.backend), options)
+            for name, (key, options) in self._converted.items()
+        }
+
     def recipes(self) -> dict[str, tuple[Recipe, Backend]]:
         """What each converted weight runs in, by name."""
         items = self._converted.items()
@@ -371,3 +382,4 @@ def convert_experts(
         name: (key_tensor(seed, f"{fqn}.{name}"), ExpertOptions(recipe, backends[recipe]))
         for name, recipe in recipes.items()
     }
+    module._place_keys()

@@ -16,12 +16,18 @@ from .functions import KeptWeight, QuantizedGemm
 
 
 def key_tensor(seed: int, name: str) -> torch.Tensor:
-    """A layer's SR key as the ops take it: an int64 scalar on the CPU.
+    """A layer's SR key as the ops take it: an int64 scalar, on the CPU.
 
     A tensor and not an int, so that torch.compile sees an input and not a constant: blocks that
-    differ in nothing else share one compiled graph. On the CPU, so that reading it never waits.
+    differ in nothing else share one compiled graph.
     """
     return torch.tensor(sr_key(seed, name), dtype=torch.int64, device="cpu")
+
+
+def placed_key(key: torch.Tensor, parameter: torch.Tensor, backend: Backend) -> torch.Tensor:
+    """A module's key where the backend reads it, on its parameter's device or on the CPU."""
+    on_device = backend.key_on_device and not parameter.is_meta
+    return key.to(parameter.device) if on_device else key
 
 
 DEFAULT_KEY = key_tensor(0, "")
@@ -74,7 +80,7 @@ def linear(
         bias: (N,) or None. Added in x's dtype; its gradient comes from the unquantized dy.
         recipe: Name in `RECIPES`, or a Recipe.
         backend: Name ("auto" picks), or a Backend.
-        key: int64 CPU scalar from `key_tensor`, the SR key; None uses that of seed 0, name "".
+        key: int64 scalar from `key_tensor`, the SR key; None uses that of seed 0, name "".
         weight_amax: fp32 (2,), `amax_in_dtypes` of max |w| of the whole weight where it is known
             beforehand; None takes it here.
         requantize: Keep w itself for backward and quantize it again there, in place of keeping its
@@ -163,7 +169,7 @@ class NVFP4Linear(nn.Linear):
     Attributes:
         recipe: The Recipe.
         backend: The Backend.
-        key: int64 CPU scalar, the SR key of this layer.
+        key: int64 scalar, the SR key of this layer, where its backend reads it.
         weight_amaxes: {"weight": fp32 (2,)} where amaxes are tracked (`track_weights`), else {}.
         kept_weights: {"weight": KeptWeight} where operands are kept (`track_weights`), else None.
         requantize: As `linear` has it.
@@ -190,7 +196,7 @@ class NVFP4Linear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe = get_recipe(recipe)
         self.backend = resolve(backend, self.recipe)
-        self.key = key_tensor(seed, name)
+        self.key = placed_key(key_tensor(seed, name), self.weight, self.backend)
         self.weight_amaxes = {}
 
     @classmethod
@@ -203,9 +209,15 @@ class NVFP4Linear(nn.Linear):
         """
         module.__class__ = cls
         module.recipe, module.backend = recipe, backend
-        module.key = key_tensor(seed, name)
+        module.key = placed_key(key_tensor(seed, name), module.weight, backend)
         module.weight_amaxes = {}
         return module
+
+    def _apply(self, *args, **kwargs):
+        # What moves parameters moves the key.
+        super()._apply(*args, **kwargs)
+        self.key = placed_key(self.key, self.weight, self.backend)
+        return self
 
     def recipes(self) -> dict[str, tuple[Recipe, Backend]]:
         """What its weight runs in, as converted experts list theirs."""

@@ -23,6 +23,7 @@ POINTERS = {
     "x_ptr": "*bf16",
     "offs_ptr": "*i32",
     "amax_ptr": "*fp32",
+    "key_ptr": "*i64",
     "y_ptr": "*bf16",
     "row_codes_ptr": "*i16",
     "col_codes_ptr": "*i64",
@@ -68,6 +69,8 @@ def compiled(case: str, arch: int, level: int):
     for name in ("row", "col"):
         if constants.get(name.upper()) is False:
             constants |= {f"{name}_codes_ptr": None, f"{name}_scale_ptr": None}
+    if not (constants.get("ROW_SR") or constants.get("COL_SR")):
+        constants["key_ptr"] = None
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):

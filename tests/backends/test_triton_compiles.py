@@ -156,8 +156,8 @@ def pointer_type(name: str, dtype: str, case: str) -> str:
         return f"*{dtype}"
     if "amax" in name or "alpha" in name or name == "acc_ptr":
         return "*fp32"
-    if name == "offs_ptr":
-        return "*i32"
+    if name in ("offs_ptr", "key_ptr"):
+        return "*i32" if name == "offs_ptr" else "*i64"
     if "values" in name:
         return "*bf16" if case == "dequantize" else "*i16"
     return "*u8" if "codes" in name or "scale" in name else "*bf16"
@@ -183,6 +183,8 @@ def compiled(case, arch):
         constants["PTX"] = LEVELS[arch]
     if constants.get("GROUPS") in (0, 1):
         constants["offs_ptr"] = None
+    if kernel is _quantize_kernel and not (constants["ROW_SR"] or constants["COL_SR"]):
+        constants["key_ptr"] = None
     for name in ("ROW", "COL") if kernel is _quantize_kernel else ():
         for part, written in (("codes", "PACKED"), ("scale", "PACKED"), ("values", "VALUES")):
             if not constants[f"{name}_{written}"]:

@@ -236,6 +236,12 @@ def test_repeatable_and_keyed_by_layer():
     assert torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
 
 
+def test_a_key_outlives_moving_its_module():
+    backend = replace(BACKENDS["reference"], key_on_device=True)
+    module = NVFP4Linear(32, 32, device="meta", name="layer", backend=backend)
+    assert int(module.to_empty(device="cpu").key) == int(key_tensor(0, "layer"))
+
+
 def test_recomputation_gives_the_same_bits():
     module = NVFP4Linear(56, 72, name="layer", backend="reference")
     x = torch.randn(40, 56, requires_grad=True)
