@@ -164,10 +164,7 @@ def _refresh(state: _State) -> None:
         if state.weights:
             amaxes = _known_amaxes(state)
             # In place: compiled graphs and gathered weights hold the tensors.
-            held = [
-                weight.module.weight_amaxes.setdefault(weight.name, torch.empty_like(amax))
-                for weight, amax in zip(state.weights, amaxes, strict=True)
-            ]
+            held = [_held(weight, amax) for weight, amax in zip(state.weights, amaxes, strict=True)]
             torch._foreach_copy_(held, amaxes)
     state.known.epoch += 1
     if torch.cuda.is_available() and state.weights and state.weights[0].device.type == "cuda":
@@ -180,6 +177,14 @@ def _refresh(state: _State) -> None:
         _gather_quantized(state)
     state.versions = _versions(state)
     state.fresh = True
+
+
+def _held(weight: ShardedWeight, amax: torch.Tensor) -> torch.Tensor:
+    """The tensor in which a weight's module has its amax, made for the first one."""
+    held = weight.module.weight_amaxes
+    if weight.name not in held:
+        held[weight.name] = torch.empty_like(amax)
+    return held[weight.name]
 
 
 def _versions(state: _State) -> list[int]:
