@@ -191,7 +191,8 @@ with stop if sys.argv[1] == "trains" else nullcontext():
 @pytest.mark.parametrize("what", ["trains", "does not"])
 def test_a_worker_with_batches_left_ends(what):
     """What it still has to send does not fit into the pipe, and nobody reads it."""
-    subprocess.run([sys.executable, "-c", LONG_DOCUMENTS, what], env=environment(), timeout=60)
+    command = [sys.executable, "-c", LONG_DOCUMENTS, what]
+    subprocess.run(command, env=environment(), timeout=60, check=True)
 
 
 @pytest.mark.slow
