@@ -45,6 +45,7 @@ def experts(device, fault=None):
     from torchtitan.models.moe.moe import GroupedExperts
     from torchtitan.models.moe.utils import set_token_group_alignment_size_m
 
+    from nvfp4_titan.backends import BACKENDS
     from nvfp4_titan.recipe import RECIPES
     from nvfp4_titan.training.experts import ExpertOptions, convert_experts
 
@@ -57,7 +58,7 @@ def experts(device, fault=None):
     module.to(device)
     recipe, made = RECIPES["nvfp4"], {}
     recipes = dict.fromkeys(("w1", "w2", "w3"), recipe)
-    convert_experts(module, recipes, {recipe: None}, "moe.experts", 3)
+    convert_experts(module, recipes, {recipe: BACKENDS["reference"]}, "moe.experts", 3)
     for name, (key, _) in module._converted.items():
         backend, made[name] = recording(fault)
         module._converted[name] = (key, ExpertOptions(recipe, backend))
