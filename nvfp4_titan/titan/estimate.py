@@ -5,7 +5,9 @@ process (the "fake" process group), then one forward and backward pass is traced
 Exact: shards, gradients and the optimizer's state. Traced: what is alive, and what is sent.
 
     assumption                          where it is wrong
-    eager execution                     a compiled block keeps less for backward
+    blocks run eagerly                  compiled ones keep less for backward, unless selective
+                                        checkpointing says what they keep
+    a compiled loss is one kernel       another compiler than inductor
     attention without masks             flex attention's block masks come on top
     every expert gets as many tokens    an unbalanced router gives a rank more
     one microbatch                      with gradient accumulation traffic grows with their number
@@ -122,7 +124,7 @@ def estimate(job_config: JobConfig, world_size: int) -> Estimate:
     """Estimate a job's memory and traffic per rank; leaves no process group behind.
 
     Args:
-        job_config: Settings; compile, checkpoints and data are not looked at.
+        job_config: Settings; of compile the loss alone, checkpoints and data are not looked at.
         world_size: Ranks.
 
     Raises:
@@ -138,17 +140,18 @@ def estimate(job_config: JobConfig, world_size: int) -> Estimate:
     if not cpu_runtime.active():
         raise UnsupportedError("an estimate must see no GPU: set CUDA_VISIBLE_DEVICES=''")
     job_config = copy.deepcopy(job_config)
+    compiled = job_config.compile.components if job_config.compile.enable else ()
     job_config.compile.enable = False
     if "nvfp4" in job_config.model.converters:
         job_config.nvfp4.fp4_all_gather = False  # counted, not traced: codes need values
     distributed.init_process_group("fake", rank=0, world_size=world_size)
     try:
-        return _traced(job_config, world_size)
+        return _traced(job_config, world_size, compiled)
     finally:
         distributed.destroy_process_group()
 
 
-def _traced(job_config: JobConfig, world_size: int) -> Estimate:
+def _traced(job_config: JobConfig, world_size: int, compiled: Sequence[str]) -> Estimate:
     dims = parallel_dims(job_config, world_size)
     spec, training = get_train_spec(job_config.model.name), job_config.training
     activation_checkpoint.install()
@@ -163,7 +166,11 @@ def _traced(job_config: JobConfig, world_size: int) -> Estimate:
             cpu_runtime.prepare_trainer([model])
             tokens = torch.zeros(training.local_batch_size, training.seq_len, dtype=torch.int64)
             labels = torch.zeros_like(tokens)
-            loss_fn = spec.build_loss_fn(job_config, parallel_dims=dims)
+            loss_fn = (
+                CompiledLoss.apply
+                if "loss" in compiled
+                else spec.build_loss_fn(job_config, parallel_dims=dims)
+            )
             loss_parallel = dims.tp_enabled and not job_config.parallelism.disable_loss_parallel
             stack.enter_context(get_train_context(loss_parallel)())
             stack.enter_context(
@@ -186,6 +193,32 @@ def _traced(job_config: JobConfig, world_size: int) -> Estimate:
         traffic=dict(tracker.traffic),
         fp4_all_gather=less and tracker.traffic["all_gather"] - less,
     )
+
+
+class CompiledLoss(torch.autograd.Function):
+    """What inductor makes of torchtitan's cross entropy, as far as memory is concerned.
+
+    Logits (any shape, any dtype, or a DTensor) are kept as they are; their gradient has their
+    dtype, and nothing in between is written. Under loss parallel the all-reduces of a few numbers a
+    row are left out.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """A scalar (fp32) without a meaningful value."""
+        ctx.save_for_backward(logits)
+        return torch.zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, _):
+        """A gradient of the logits' shape, dtype and placements, without meaningful values."""
+        (logits,) = ctx.saved_tensors
+        if not isinstance(logits, DTensor):
+            return torch.empty_like(logits), None
+        part = torch.empty_like(logits.to_local())
+        shape, strides = logits.shape, logits.stride()
+        placed = (logits.device_mesh, logits.placements)
+        return DTensor.from_local(part, *placed, shape=shape, stride=strides), None
 
 
 def _traceable_args(job_config: JobConfig) -> BaseModelArgs:

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import distributed
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -62,11 +63,13 @@ class Tracker(TorchDispatchMode):
         live: Bytes alive now, of storages that were made since it was entered.
         peak: The most there were.
         traffic: Bytes received so far, by kind of collective.
+        paused: Whether tensors are none that exist.
     """
 
     def __init__(self):
         super().__init__()
         self.live = self.peak = 0
+        self.paused = False
         self.traffic: Counter[str] = Counter()
         self._sizes: dict[int, int] = {}
         self._known: dict[int, weakref.ref] = {}
@@ -81,12 +84,17 @@ class Tracker(TorchDispatchMode):
             return result
 
         # FSDP frees gathered weights so.
-        self._patch = patch.object(torch.UntypedStorage, "resize_", resized)
-        self._patch.start()
+        self._patches = [
+            patch.object(torch.UntypedStorage, "resize_", resized),
+            patch.object(ShardingPropagator, _SHAPES, _without(self, _SHAPES)),
+        ]
+        for each in self._patches:
+            each.start()
         return super().__enter__()
 
     def __exit__(self, *error):
-        self._patch.stop()
+        for each in self._patches:
+            each.stop()
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -95,6 +103,8 @@ class Tracker(TorchDispatchMode):
             return NotImplemented
         before = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
+        if self.paused:
+            return result
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             if storage._cdata not in before:
@@ -117,6 +127,23 @@ class Tracker(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         self._known.pop(key, None)
         self.live -= self._sizes.pop(key, 0)
+
+
+_SHAPES = "_propagate_tensor_meta_non_cached"
+"""Where DTensor finds out the shape of a result: on whole tensors, which no rank ever holds."""
+
+
+def _without(tracker: Tracker, name: str):
+    method = getattr(ShardingPropagator, name)
+
+    def paused(*args, **kwargs):
+        tracker.paused = True
+        try:
+            return method(*args, **kwargs)
+        finally:
+            tracker.paused = False
+
+    return paused
 
 
 def _tensors(tree) -> list[torch.Tensor]:

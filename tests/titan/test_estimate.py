@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import spawn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from nvfp4_titan.errors import ConfigError, UnsupportedError
 from nvfp4_titan.titan import cpu_runtime
@@ -136,6 +138,55 @@ def test_estimates_are_what_runs_measure(measured, name, tmp_path):
             assert found["saved"] == pytest.approx(expected.activations, rel=0.1)
         for kind in ("all_gather", "reduce_scatter", "all_to_all"):
             assert found["traffic"].get(kind, 0) == pytest.approx(traffic.get(kind, 0), rel=0.1)
+
+
+@pytest.fixture
+def two_fake_ranks():
+    torch.distributed.init_process_group("fake", rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_compiled_loss_holds_logits_and_their_gradient_alone(two_fake_ranks, sharded):
+    from nvfp4_titan.titan.estimate import CompiledLoss
+    from nvfp4_titan.titan.tracking import Tracker
+
+    with Tracker() as tracker:
+        logits = torch.zeros(2, 64, 512, dtype=torch.bfloat16)
+        whole = logits.nbytes
+        if sharded:
+            part = (Shard(2),)
+            logits = DTensor.from_local(logits, two_fake_ranks, part, run_check=False)
+        logits.requires_grad_()
+        loss = CompiledLoss.apply(logits, torch.zeros(2, 64, dtype=torch.int64))
+        assert tracker.live == whole + loss.nbytes
+        loss.backward()
+    assert 2 * whole <= tracker.peak <= 2 * whole + 16
+    assert logits.grad.shape == logits.shape and logits.grad.dtype == torch.bfloat16
+    assert not sharded or logits.grad.placements == part
+
+
+def test_shapes_of_whole_tensors_take_no_memory(two_fake_ranks):
+    from nvfp4_titan.titan.tracking import Tracker
+
+    x = DTensor.from_local(torch.zeros(64, 512), two_fake_ranks, (Shard(1),), run_check=False)
+    with Tracker() as tracker:
+        torch.empty_like(x)
+    assert tracker.peak == 64 * 512 * 4
+
+
+def test_an_estimate_looks_at_whether_the_loss_is_compiled(tmp_path):
+    from nvfp4_titan.titan.estimate import estimate
+
+    job = config("llama3 bf16", tmp_path)
+    job.training.mixed_precision_param = "bfloat16"  # the eager loss copies logits in fp32
+    eager = estimate(job, WORLD)
+    job.compile.enable, job.compile.components = True, ["model"]
+    assert estimate(job, WORLD) == eager
+    job.compile.components = ["model", "loss"]
+    assert estimate(job, WORLD).activations < eager.activations
+    assert job.compile.enable
 
 
 def test_experts_that_fsdp_gathers_in_a_checkpointed_block_are_estimated(tmp_path):
