@@ -1,7 +1,8 @@
-"""Validation: for models whose train spec has none, and over the same tokens every time."""
+"""Validation: for models whose train spec has none, over the same tokens, without CUDA graphs."""
 
 import copy
 
+from torch._inductor import config as inductor
 from torchtitan.components.validate import Validator
 
 
@@ -37,13 +38,22 @@ class RewoundLoader:
 def prepare_validator(validator: Validator, steps: int) -> None:
     """Have a validator take the same tokens each time, and validate at the last step too.
 
+    What it compiles runs without CUDA graphs: inductor's free a block's output where the next
+    compiled block is called and no backward is to come, and that output is this call's input.
+
     Args:
         validator: torchtitan's.
         steps: Training steps of the run.
     """
     validator.validation_dataloader = RewoundLoader(validator.validation_dataloader)
-    by_frequency = validator.should_validate
+    by_frequency, validate = validator.should_validate, validator.validate
+
+    def without_graphs(*args, **kwargs) -> None:
+        with inductor.patch("triton.cudagraphs", False):
+            validate(*args, **kwargs)
+
     validator.should_validate = lambda step: step == steps or by_frequency(step)
+    validator.validate = without_graphs
 
 
 class _NoMasks:

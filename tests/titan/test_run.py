@@ -1,6 +1,7 @@
 """Runs through torchtitan's trainer: numerics really differ, records are kept, runs resume."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,32 @@ def test_a_local_folder_works_as_in_torchtitan(train, single_rank):
         f"--training.dataset_path={folder}",
     )  # fmt: skip
     assert list(losses) == [1, 2]
+
+
+def test_validation_compiles_without_cuda_graphs(monkeypatch):
+    """Those of one block are freed by the next, where there is no backward."""
+    from torch._inductor import config
+
+    from nvfp4_titan.titan.validate import prepare_validator
+
+    class OneValidation:
+        validation_dataloader = SimpleNamespace(
+            dataset=SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+        )
+        seen = None
+
+        def should_validate(self, step):
+            return False
+
+        def validate(self, model_parts, step):
+            self.seen = config.triton.cudagraphs, model_parts, step
+
+    monkeypatch.setattr(config.triton, "cudagraphs", True)
+    validator = OneValidation()
+    prepare_validator(validator, steps=5)
+    validator.validate(["part"], 5)
+    assert validator.seen == (False, ["part"], 5) and config.triton.cudagraphs
+    assert validator.should_validate(5) and not validator.should_validate(4)
 
 
 def test_validation_takes_the_same_text_each_time():
