@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from ..errors import ConfigError
-from .training import MEMORY, THROUGHPUT, read_scalars
+from .training import ACTIVE, MEMORY, THROUGHPUT, read_scalars
 
 LOSS = "loss_metrics/global_avg_loss"
 GRACE_SECONDS = 40
@@ -51,7 +51,7 @@ class Job:
         return [
             *("-m", "torch.distributed.run", "--nproc-per-node", str(self.processes)),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
-            *("-m", "nvfp4_titan.train", "--job.config_file", str(self.config)),
+            *("-m", "nvfp4_titan.train", "--job.config_file", os.path.relpath(self.config)),
             *(f"--job.dump_folder={folder}", "--metrics.log_freq=1", *self.options),
         ]
 
@@ -83,7 +83,8 @@ def run_jobs(
 
     Yields:
         Name and result: status ("ok", "failed", "timed out" or "not started"), seconds, command;
-        where it got so far, losses by step, tokens_per_s of a GPU, peak_gib, device and versions;
+        where it got so far, losses by step, tokens_per_s of a GPU, peak_gib (reserved by the
+        allocator), active_gib (of it in use), device and versions;
         the end of its log where it did not end as it should.
 
     Raises:
@@ -158,8 +159,8 @@ def _measured(folder: Path) -> dict:
         found |= {name: content[name] for name in ("device", "python", "versions")}
     if any(folder.glob("tb/*/events.out.tfevents.*")):
         try:
-            losses, speeds, memory = (
-                read_scalars(folder, name) for name in (LOSS, THROUGHPUT, MEMORY)
+            losses, speeds, memory, active = (
+                read_scalars(folder, name) for name in (LOSS, THROUGHPUT, MEMORY, ACTIVE)
             )
         except ConfigError:
             return found  # it ended before its first step
@@ -168,5 +169,6 @@ def _measured(folder: Path) -> dict:
             "losses": losses,
             "tokens_per_s": median(warm),
             "peak_gib": max(memory.values()),
+            "active_gib": max(active.values()),
         }
     return found

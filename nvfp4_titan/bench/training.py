@@ -18,6 +18,7 @@ from .rows import BenchRow, ratios
 from .timing import schedule
 
 THROUGHPUT, MEMORY = "throughput(tps)", "memory/max_reserved(GiB)"
+ACTIVE = "memory/max_active(GiB)"
 VARIANTS = {
     "bf16": ["--model.converters", ""],
     "triton": ["--model.converters", "nvfp4", "--nvfp4.backend", "triton"],

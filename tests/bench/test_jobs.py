@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nvfp4_titan.bench import two_gpus
+from nvfp4_titan.bench import parallel
 from nvfp4_titan.bench.jobs import LOSS, Job, run_jobs, select
-from nvfp4_titan.bench.training import MEMORY, THROUGHPUT
+from nvfp4_titan.bench.training import ACTIVE, MEMORY, THROUGHPUT
 from nvfp4_titan.errors import ConfigError
 
 
@@ -28,7 +28,8 @@ def written_losses(folder, losses):
 
     with SummaryWriter(folder / "tb" / "x") as writer:
         for step, loss in losses.items():
-            for tag, value in ((LOSS, loss), (THROUGHPUT, 100.0 * step), (MEMORY, step)):
+            memory = {MEMORY: step, ACTIVE: step / 2}
+            for tag, value in ({LOSS: loss, THROUGHPUT: 100.0 * step} | memory).items():
                 writer.add_scalar(tag, value, step)
 
 
@@ -75,25 +76,34 @@ def test_what_a_job_left_is_read_even_if_it_failed(tmp_path):
     assert result["status"] == "failed" and result["device"] == "d"
     assert result["losses"] == {1: 3.0, 2: 2.0, 3: 1.5}
     assert result["tokens_per_s"] == 250 and result["peak_gib"] == 3
+    assert result["active_gib"] == 1.5
 
 
 def plan(name, tmp_path):
-    configs = {two_gpus.LLAMA: Path("llama.toml"), two_gpus.DEEPSEEK: Path("deepseek.toml")}
-    return two_gpus.PLANS[name](two_gpus.Settings(configs), tmp_path)
+    configs = {parallel.LLAMA: Path("llama.toml"), parallel.DEEPSEEK: Path("deepseek.toml")}
+    gpus = 4 if name == "full" else 2
+    return parallel.PLANS[name](parallel.Settings(configs, gpus=gpus), tmp_path)
 
 
-@pytest.mark.parametrize("name", two_gpus.PLANS)
+@pytest.mark.parametrize("name", parallel.PLANS)
 def test_plans(name, tmp_path):
     jobs = plan(name, tmp_path)
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names)
     assert {job.needs for job in jobs} - {None} <= set(names)
-    assert all(job.processes <= 2 for job in jobs)
+    assert max(job.processes for job in jobs) == (4 if name == "full" else 2)
     # Each in bf16 too.
     trained = [job for job in jobs if job.group]
     assert {job.group for job in trained} == {
-        job.group for job in trained if job.name.endswith(two_gpus.CONTROL)
+        job.group for job in trained if job.name.endswith(parallel.CONTROL)
     }
+
+
+@pytest.mark.parametrize("gpus", [2, 5])
+def test_full_models_need_more_gpus(gpus, tmp_path):
+    settings = parallel.Settings({}, gpus=gpus)
+    with pytest.raises(ConfigError, match="4 or more"):
+        parallel.PLANS["full"](settings, tmp_path)
 
 
 def test_selected_jobs_come_with_what_they_need(tmp_path):
@@ -116,13 +126,13 @@ def test_comparisons_and_figure(tmp_path):
         "llama3 CP=2 nvfp4": result({1: 4.0, 2: 2.2}, 5),
         "llama3 PP=2 nvfp4": {"status": "failed"},
     }
-    figures = two_gpus.compared(results)
+    figures = parallel.compared(results)
     assert set(figures) == {f"llama3 CP=2 nvfp4 against {other}" for other in ("bf16", "1 GPU")}
     for figure in figures.values():
         assert figure["gap_of_last_ten_steps"] == pytest.approx(0.2 / 6)
         assert figure["largest_difference"] == pytest.approx(0.1)
         assert figure["tokens_per_s_ratio"] == figure["peak_memory_ratio"] == 0.5
-    two_gpus.plot(results, tmp_path / "figure.png")
+    parallel.plot(results, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
-    two_gpus.plot({"failed": {"status": "failed"}}, tmp_path / "none.png")
+    parallel.plot({"failed": {"status": "failed"}}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Train on two GPUs under every parallelism, NVFP4 beside bf16; record curves and tokens/s.
+"""Train under every parallelism, NVFP4 beside bf16; record curves, tokens/s and memory.
 
-    scripts/two_gpus.py --output docs/results/two_gpus                 # about 8 minutes on two H100
-    scripts/two_gpus.py --plan width --output docs/results/two_gpus_width
+    scripts/bench_parallel.py --output docs/results/two_gpus           # about 8 minutes on two H100
+    scripts/bench_parallel.py --plan width --output docs/results/two_gpus_width
+    scripts/bench_parallel.py --plan full --gpus 8 --output docs/results/eight_gpus
 
 Writes OUTPUT.json, after each job, and OUTPUT.png. What fails or hangs is recorded and the next
 job starts; jobs that OUTPUT.json has from an earlier call stay in it unless this call runs them.
@@ -18,7 +19,7 @@ from typing import Literal
 import tyro
 
 from nvfp4_titan.bench.jobs import run_jobs, select
-from nvfp4_titan.bench.two_gpus import DEEPSEEK, LLAMA, PLANS, Settings, compared, plot
+from nvfp4_titan.bench.parallel import DEEPSEEK, LLAMA, PLANS, Settings, compared, plot
 from nvfp4_titan.convergence.command import split_options
 from nvfp4_titan.errors import UserError
 from nvfp4_titan.titan.corpus import tokenizer_path
@@ -27,24 +28,28 @@ CONFIGS = Path(__file__).parents[1] / "train_configs"
 SIZES = {
     "parallel": ("llama3_150m", "deepseek_v3_200m"),
     "width": ("llama3_8b", "deepseek_v3_16b"),
+    "full": ("llama3_8b", "deepseek_v3_16b"),
 }
 OPTIONS = {
     "parallel": ("--training.dataset=stdlib", "--training.local_batch_size=8"),
     "width": ("--training.dataset=pysource",),
+    "full": ("--training.dataset=pysource",),
 }
-FLAVORS = {"parallel": {}, "width": {LLAMA: "8B_8_layers", DEEPSEEK: "16B_6_layers"}}
+FLAVORS = {"width": {LLAMA: "8B_8_layers", DEEPSEEK: "16B_6_layers"}}
 
 
 @dataclass
 class Arguments:
-    """Run a plan of jobs on two GPUs."""
+    """Run a plan of jobs."""
 
     output: Path
     """Path of the results, without a suffix."""
-    plan: Literal["parallel", "width"] = "parallel"
+    plan: Literal["parallel", "width", "full"] = "parallel"
     """parallel: every parallelism at 150M and 200M parameters; width: Llama3 8B and DeepSeekV3 16B
-    with fewer blocks."""
-    folder: Path = Path("outputs/two_gpus")
+    with fewer blocks; full: both as they are."""
+    gpus: int = 2
+    """Of the full models: 4 or more; the other plans take 2."""
+    folder: Path = Path("outputs/bench_parallel")
     """New folder for the runs."""
     llama: Path | None = None
     """TOML of a Llama3 model in place of the plan's."""
@@ -73,10 +78,11 @@ class Arguments:
             {model: CONFIGS / f"{name}.toml" for model, name in planned} | given,
             self.steps,
             self.short_steps,
-            {m: flavor for m, flavor in FLAVORS[self.plan].items() if m not in given},
+            {m: flavor for m, flavor in FLAVORS.get(self.plan, {}).items() if m not in given},
             (*OPTIONS[self.plan], f"--model.hf_assets_path={tokenizer_path()}", *options),
             (f"--nvfp4.backend={self.backend}",),
             self.compile,
+            self.gpus if self.plan == "full" else 2,
         )
 
 

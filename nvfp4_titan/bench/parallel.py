@@ -1,10 +1,12 @@
-"""What two GPUs can show of every parallelism: plans of jobs, as data, and what is compared.
+"""What some GPUs can show of every parallelism: plans of jobs, as data, and what is compared.
 
 "parallel": every kind of parallelism at the convergence sizes, NVFP4 beside bf16. All jobs of a
 model start from one seed checkpoint. Tensor, pipeline and context parallelism read the batches of
 one GPU; data and expert parallelism those of two loaders.
 
-"width": Llama3 8B and DeepSeekV3 16B with fewer blocks (the same GEMMs), compiled.
+"width": Llama3 8B and DeepSeekV3 16B with fewer blocks (the same GEMMs), compiled, on two GPUs.
+
+"full": both as they are, compiled, on four GPUs or more.
 
 torchtitan computes in bf16 where FSDP, context parallelism (which shards by FSDP) or DDP's autocast
 does; with TP or PP alone it computes in fp32, in the control too.
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..errors import ConfigError
 from .jobs import Job
 
 LLAMA, DEEPSEEK = "llama3", "deepseek_v3"
@@ -44,8 +47,8 @@ DEGREES = {
     ),
     ONE_GPU: (),
 }
-COMPILED = {"FSDP=2", "EP=2"}
-"""The others are short, or their graphs cannot be cached."""
+EAGER = {"TP=2", "CP=2", "PP=2", "DDP=2", ONE_GPU}
+"""They are short, or their graphs cannot be cached."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Settings:
         options: torchtitan's, for every job.
         nvfp4_options: Further ones of NVFP4 jobs.
         compile: Whether jobs may compile.
+        gpus: Of the "full" plan; the others take two.
     """
 
     configs: dict[str, Path]
@@ -69,6 +73,7 @@ class Settings:
     options: tuple[str, ...] = ()
     nvfp4_options: tuple[str, ...] = ()
     compile: bool = True
+    gpus: int = 2
 
 
 def parallel_plan(settings: Settings, folder: Path) -> list[Job]:
@@ -88,7 +93,10 @@ def parallel_plan(settings: Settings, folder: Path) -> list[Job]:
             f"--checkpoint.initial_load_path={seeds[model]}/checkpoint/step-0",
         )
         jobs.extend(
-            replace(_job(settings, model, kind, v, steps, start), needs=_seed_name(model))
+            replace(
+                _job(settings, model, kind, v, steps, (*DEGREES[kind], *start)),
+                needs=_seed_name(model),
+            )
             for v in variants
         )
 
@@ -102,12 +110,37 @@ def parallel_plan(settings: Settings, folder: Path) -> list[Job]:
 
 def width_plan(settings: Settings, folder: Path) -> list[Job]:
     """Jobs of the "width" plan; arguments as of `parallel_plan`."""
+    return _large(
+        settings, ((LLAMA, "FSDP=2", DEGREES["FSDP=2"]), (DEEPSEEK, "EP=2", DEGREES["EP=2"]))
+    )
+
+
+def full_plan(settings: Settings, folder: Path) -> list[Job]:
+    """Jobs of the "full" plan; arguments as of `parallel_plan`.
+
+    Raises:
+        ConfigError: too few GPUs, or an odd number.
+    """
+    n = settings.gpus
+    if n < 4 or n % 2:
+        raise ConfigError(f"the full models take an even number of GPUs, 4 or more, not {n}")
+    experts = (f"--parallelism.expert_parallel_degree={n}",)
+    if n < 8:
+        experts += ("--training.local_batch_size=1",)  # 80 GB have room for no more
+    kinds = (
+        (LLAMA, f"FSDP={n}", ()),
+        (LLAMA, f"FSDP={n // 2}xTP=2", DEGREES["TP=2"]),
+        (DEEPSEEK, f"EP={n}", experts),
+    )
+    return _large(settings, kinds)
+
+
+def _large(settings: Settings, kinds: Iterable[tuple[str, str, tuple[str, ...]]]) -> list[Job]:
+    """A job for each kind (model, name, options) and variant."""
     start = ("--checkpoint.no-enable", "--debug.seed=0")
     return [
-        _job(settings, model, kind, variant, settings.short_steps, start)
-        for (model, kind), variant in product(
-            ((LLAMA, "FSDP=2"), (DEEPSEEK, "EP=2")), FSDP_VARIANTS
-        )
+        _job(settings, model, kind, variant, settings.short_steps, (*options, *start))
+        for (model, kind, options), variant in product(kinds, FSDP_VARIANTS)
     ]
 
 
@@ -127,28 +160,28 @@ def _seed(settings: Settings, model: str, path: Path) -> Job:
 
 
 def _job(
-    settings: Settings, model: str, kind: str, variant: str, steps: int, start: tuple[str, ...]
+    settings: Settings, model: str, kind: str, variant: str, steps: int, own: tuple[str, ...]
 ) -> Job:
-    compiled = settings.compile and kind in COMPILED
+    compiled = settings.compile and kind not in EAGER
     options = (
-        *DEGREES[kind],
         *VARIANTS[variant],
         *(f"--model.flavor={settings.flavors[m]}" for m in settings.flavors if m == model),
         f"--training.steps={steps}",
         f"--lr_scheduler.warmup_steps={max(1, steps // 5)}",
         "--validation.no-enable",
         "--compile.enable" if compiled else "--compile.no-enable",
-        *start,
+        *own,
         *settings.options,
         *(settings.nvfp4_options if variant != CONTROL else ()),
     )
-    processes = 1 if kind == ONE_GPU else 2
+    processes = 1 if kind == ONE_GPU else settings.gpus
     name = f"{model} {kind} {variant}"
     return Job(name, settings.configs[model], processes, options, f"{model} {kind}")
 
 
 def _raising(settings: Settings) -> Job:
-    job = _job(settings, LLAMA, "FSDP=2", "nvfp4", settings.short_steps, ("--compile.no-enable",))
+    own = (*DEGREES["FSDP=2"], "--compile.no-enable")
+    job = _job(settings, LLAMA, "FSDP=2", "nvfp4", settings.short_steps, own)
     return replace(
         job,
         name=RAISES,
@@ -159,7 +192,7 @@ def _raising(settings: Settings) -> Job:
     )
 
 
-PLANS = {"parallel": parallel_plan, "width": width_plan}
+PLANS = {"parallel": parallel_plan, "width": width_plan, "full": full_plan}
 
 
 def compared(results: dict[str, dict]) -> dict[str, dict]:
