@@ -10,8 +10,13 @@ whole's, bit for bit. Parameters, optimizers and checkpoints see plain shards: F
 extension (`fsdp_pre_all_gather`) on the class of the local tensor alone, which `attach` changes
 after sharding.
 
+A layer waits for its gather, and each kernel of a gather waits for room beside the GEMMs of the
+layer before. So a shard is best quantized ahead (`quantize_ahead`), once for the gathers of forward
+and backward.
+
 What is read of FSDP2 beyond its documented extension: FSDPParam's `sharded_param`, `mesh_info`,
-`fsdp_placement`, `_orig_size` and `_init_extensions` (torch 2.11 to 2.13).
+`shard_mesh_from_root`, `mp_policy`, `offload_to_cpu`, `fsdp_placement`, `_orig_size` and
+`_init_extensions` (torch 2.11 to 2.13).
 """
 
 from dataclasses import dataclass
@@ -234,18 +239,27 @@ class QuantizingShard(torch.Tensor):
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """Codes and scales of this rank's shard, as bytes, and what rebuilds the whole."""
+        self.gather.known.wait()
+        return self.codes(mesh, mp_policy), None
+
+    def codes(self, mesh, mp_policy) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales, as bytes; those that are kept, where nothing has changed since.
+
+        Args:
+            mesh: Of the ranks that shard the weight.
+            mp_policy: FSDP's MixedPrecisionPolicy.
+        """
         gather, dtype = self.gather, mp_policy.param_dtype or self.dtype
         if gather.kept is None:
-            return self._quantized(mesh, dtype), None
+            return self._quantized(mesh, dtype)
         when = (gather.known.epoch, self._version, dtype)
         if when not in gather.kept:
             gather.kept.clear()
             gather.kept[when] = self._quantized(mesh, dtype)
-        return gather.kept[when], None
+        return gather.kept[when]
 
     def _quantized(self, mesh, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         shard, gather = self.as_subclass(torch.Tensor).to(dtype), self.gather
-        gather.known.wait()
         amax = gather.amax
         if amax.dim() > 1:  # of experts, which are split
             first = mesh.get_local_rank() * shard.shape[0]
@@ -312,3 +326,18 @@ def attach(
     local.__class__ = QuantizingShard
     local.gather = WeightGather(amaxes, weight.name, recipe, backend, known, kept)
     weight.fsdp._init_extensions()
+
+
+def quantize_ahead(weight: ShardedWeight) -> None:
+    """Quantize a shard for the gathers to come; nothing where none or no codes of it are kept.
+
+    With CPU offload FSDP moves the shard to the device for each gather: it is quantized then.
+
+    Args:
+        weight: Any weight.
+    """
+    local = weight.local
+    if not isinstance(local, QuantizingShard) or weight.fsdp.offload_to_cpu:
+        return
+    if local.gather.kept is not None:
+        local.codes(weight.fsdp.shard_mesh_from_root, weight.fsdp.mp_policy)

@@ -51,6 +51,7 @@ class NVFP4Converter(ModelConverter):
             model,
             fp4_all_gather=self.settings.fp4_all_gather,
             keep_weights=self.keeps_weights,
+            keep_codes=self.settings.keep_weights != "never",
         )
         if self.frees_weights:
             for module in model.modules():

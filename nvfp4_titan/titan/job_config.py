@@ -103,7 +103,8 @@ class NVFP4:
     in every forward; the bits are the same. "auto" keeps it where a step calls the model several
     times (gradient accumulation, pipeline parallelism). It takes 0.56 bytes an element of a weight
     (2 with the triton backend) from one step to the next. Weights that FSDP shards are kept with
-    fp4_all_gather only, a shard on each rank.
+    fp4_all_gather only: each rank quantizes its shard after the optimizer's step, once for forward
+    and backward, also with "auto", and keeps 0.5 bytes an element of it.
     """
 
     numerics_log_freq: int = 0

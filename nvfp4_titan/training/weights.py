@@ -7,8 +7,8 @@ validation included, find them. With `fp4_all_gather` FSDP gathers weights in co
 
 With `keep_weights` weights are quantized once an optimizer step too, by the first forward after it:
 microbatches, recomputed forwards and pipeline schedules' many calls use the same operands. Weights
-that FSDP shards are left out (whole operands would undo the sharding); gathered in codes, their
-shards' codes are kept.
+that FSDP shards are left out (whole operands would undo the sharding). With `keep_codes` a shard
+that is gathered in codes is quantized right after the optimizer step, for forward and backward.
 
 Every rank must find amaxes stale at the same point, so staleness is told, not found out: by
 `refresh_weights` (after an optimizer step), by `invalidate_weights` (after writing weights by hand)
@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..distributed import ShardedWeight, amax_in_dtypes, fsdp_records, weight_amaxes
-from ..distributed.fp4_gather import Known, attach, obstacle
+from ..distributed.fp4_gather import Known, attach, obstacle, quantize_ahead
 from .experts import WrappingExperts
 from .functions import KeptWeight
 from .linear import NVFP4Linear
@@ -46,6 +46,7 @@ class _State:
 
     fp4_all_gather: bool
     keep_weights: bool
+    keep_codes: bool
     fresh: bool = False
     weights: list[ShardedWeight] = field(default_factory=list)
     reported: bool = False
@@ -61,6 +62,7 @@ def track_weights(
     *,
     fp4_all_gather: bool = False,
     keep_weights: bool = False,
+    keep_codes: bool = False,
     shared: Sequence[Sequence[str]] = (),
 ) -> None:
     """Take the amaxes of a converted model's weights once per optimizer step.
@@ -72,11 +74,12 @@ def track_weights(
         model: From `convert`.
         fp4_all_gather: Have FSDP2 gather weights in codes and scales where it can.
         keep_weights: Keep weights' operands from an optimizer step to the next: 0.56 bytes per
-            element of a weight, or 2 where the backend multiplies bf16 values; per element of a
-            shard where FSDP gathers codes.
+            element of a weight, or 2 where the backend multiplies bf16 values.
+        keep_codes: Keep the codes of shards that FSDP gathers in codes: 0.5 bytes per element of a
+            shard and one per block.
         shared: Names of linears (or expert weights) of one parent that are given one amax.
     """
-    state = _State(fp4_all_gather, keep_weights, shared=tuple(map(tuple, shared)))
+    state = _State(fp4_all_gather, keep_weights, keep_codes, shared=tuple(map(tuple, shared)))
     setattr(model, _STATE, state)
     state.hooks = [
         model.register_forward_pre_hook(_before_forward),
@@ -166,15 +169,15 @@ def _refresh(state: _State) -> None:
             # In place: compiled graphs and gathered weights hold the tensors.
             held = [_held(weight, amax) for weight, amax in zip(state.weights, amaxes, strict=True)]
             torch._foreach_copy_(held, amaxes)
-    state.known.epoch += 1
+        state.known.epoch += 1
+        if state.fp4_all_gather:
+            _gather_quantized(state)
     if torch.cuda.is_available() and state.weights and state.weights[0].device.type == "cuda":
-        # FSDP quantizes shards on a stream of its own.
+        # FSDP gathers on a stream of its own.
         state.known.record()
     for module in {weight.module for weight in state.weights}:
         if module.kept_weights is not None:
             module.kept_weights = {}
-    if state.fp4_all_gather:
-        _gather_quantized(state)
     state.versions = _versions(state)
     state.fresh = True
 
@@ -250,8 +253,9 @@ def _gather_quantized(state: _State) -> None:
         recipe, backend = weight.module.recipes()[weight.name]
         reason = obstacle(weight, recipe)
         if reason is None:
-            kept = {} if state.keep_weights else None
+            kept = {} if state.keep_codes else None
             attach(weight, weight.module.weight_amaxes, recipe, backend, state.known, kept)
+            quantize_ahead(weight)
         else:
             fqn = weight.fsdp and weight.fsdp._param_fqn
             left[reason].append(fqn or weight.name)
