@@ -1,18 +1,21 @@
 """Jobs side by side: slots, one per GPU or share of one, that take the next job when they are free.
 
-A slot is a thread that waits for its job's process. Signals reach the main thread alone, which
-looks after the slots: it prints where they are and, whatever ends it (Ctrl-C, SIGTERM, an error),
-has all jobs in flight save and stop before it goes on.
+A slot is a thread that waits for its job's process. The main thread shows where the slots are, and
+gets the signals. On Ctrl-C, SIGTERM or an error all jobs in flight save and stop before it goes on;
+until then signals are only noted. A KeyboardInterrupt between the threads' locks could leave one
+taken, and a second one (`timeout` sends SIGTERM twice) jobs that nobody stops.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from threading import Event, Lock
+from threading import Lock
 
 from ..errors import ConfigError
 from .launch import Job, OutOfTime
@@ -80,6 +83,8 @@ def run_jobs(
 ) -> dict[Hashable, Run | ConfigError]:
     """Run jobs in the slots, the first jobs first. A failure does not stop the others.
 
+    To be called in the main thread, which handles signals.
+
     Args:
         jobs: By key; none has finished.
         slots: Where.
@@ -91,20 +96,19 @@ def run_jobs(
 
     Raises:
         ConfigError: a GPU is not there.
+        KeyboardInterrupt: SIGINT or SIGTERM came, and all jobs in flight have stopped.
     """
     slots.check_gpus()
     work, environments = _Work(jobs, deadline, progress), slots.environments()
-    with ThreadPoolExecutor(len(environments)) as threads:
-        working: list[Future] = []
+    with work.stopped_by_signals(), ThreadPoolExecutor(len(environments)) as threads:
         try:
-            for environment in environments:
-                # Dealt here, as threads start in any order.
-                working.append(threads.submit(work.go_on, environment, work.take()))
+            # The first jobs are dealt here, as threads start in any order.
+            working = [threads.submit(work.go_on, each, work.take()) for each in environments]
             _look_after(working, progress)
         finally:
-            work.stop.set()
-            # Not left to the pool, which a second Ctrl-C would end before the jobs know (3.11).
-            wait(working)
+            work.stopping = True
+    if work.interrupted:
+        raise KeyboardInterrupt
     return work.outcomes
 
 
@@ -142,13 +146,27 @@ class _Work:
         self._waiting, self._lock = iter(jobs.items()), Lock()
         self._deadline, self._progress = deadline, progress
         self.outcomes: dict[Hashable, Run | ConfigError] = {}
-        self.stop = Event()
+        self.stopping = self.interrupted = False
+
+    @contextmanager
+    def stopped_by_signals(self) -> Iterator[None]:
+        """Have SIGINT and SIGTERM stop the slots, and do nothing else."""
+
+        def note(number, frame):
+            self.stopping = self.interrupted = True
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def take(self) -> tuple[Hashable, Job] | None:
         """The next job; None where there is none, or no time for it."""
         late = self._deadline is not None and self._deadline - time.monotonic() < _LEAST_SECONDS
         with self._lock:
-            return None if late or self.stop.is_set() else next(self._waiting, None)
+            return None if late or self.stopping else next(self._waiting, None)
 
     def go_on(self, environment: dict[str, str], taken: tuple[Hashable, Job] | None) -> None:
         """A slot's thread: run the job that was taken, then those that it takes itself."""
@@ -161,7 +179,7 @@ class _Work:
         name = job.folder.name
 
         def watch(step: int, loss: str) -> None:
-            if self.stop.is_set():
+            if self.stopping:
                 raise _Stopped(f"{name} was stopped")
             self._progress.step(name, step, loss)
 

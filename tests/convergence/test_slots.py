@@ -110,8 +110,8 @@ def test_signals_stop_all_which_save(tmp_path, number, times):
     runs, archive = tmp_path / "runs", tmp_path / "runs.tar.gz"
     own = [str(CONFIG), "--output=x", f"--runs={runs}", f"--pack={archive}", "--no-report"]
     argv = [*own, "--seeds", "0", "1", "--gpus", "0", "1"]
-    command = [sys.executable, fake_jobs.__file__, "FIRST_ENDS", *argv]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, fake_jobs.__file__]
+    process = subprocess.Popen([*command, "FIRST_ENDS", *argv], stderr=subprocess.PIPE, text=True)
     stopped = {"nvfp4_seed0", "bf16_seed1"}  # the first run's slot has taken the third
     deadline = time.monotonic() + 60
     while {file.parent.name for file in runs.glob("*/ready")} != stopped:
@@ -119,14 +119,13 @@ def test_signals_stop_all_which_save(tmp_path, number, times):
         time.sleep(0.05)
     for _ in range(times):
         process.send_signal(number)
-        time.sleep(0.05)
     assert "interrupted: call it again" in process.communicate(timeout=30)[1]
     assert process.returncode == 130
     assert {file.parents[1].name for file in runs.glob("*/checkpoint/step-7")} == stopped
     assert set(starts(runs)) == {"bf16_seed0", *stopped}
     with tarfile.open(archive) as tar:
         assert {name.partition("/")[0] for name in tar.getnames()} == {"bf16_seed0"}
-    assert subprocess.run([*command, "--per-gpu=2"]).returncode == 0
+    assert subprocess.run([*command, "START", *argv, "--per-gpu=2"]).returncode == 0
     assert len(starts(runs)["nvfp4_seed1"]) == 1 and len(starts(runs)["bf16_seed0"]) == 1
     requests = [json.loads(file.read_text()) for file in runs.glob("*/request.json")]
     assert [request["finished"] for request in requests] == [True] * 4
