@@ -104,7 +104,7 @@ def run_jobs(
         try:
             # The first jobs are dealt here, as threads start in any order.
             working = [threads.submit(work.go_on, each, work.take()) for each in environments]
-            _look_after(working, progress)
+            work.look_after(working)
         finally:
             work.stopping = True
     if work.interrupted:
@@ -123,16 +123,6 @@ def attempt(
     except ConfigError as error:
         print(f"error: {error}", flush=True)
         return error
-
-
-def _look_after(working: list[Future], progress: Progress) -> None:
-    pending = set(working)
-    while pending:
-        # With a timeout, so that progress is shown.
-        done, pending = wait(pending, _WATCH_SECONDS, FIRST_COMPLETED)
-        for slot in done:
-            slot.result()  # raises what is no job's failure
-        progress.show()
 
 
 class _Stopped(Exception):
@@ -162,6 +152,16 @@ class _Work:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def look_after(self, working: list[Future]) -> None:
+        """Wait for the slots' threads, and show where they are; raises what is no job's failure."""
+        pending = set(working)
+        while pending:
+            done, pending = wait(pending, _WATCH_SECONDS, FIRST_COMPLETED)
+            for slot in done:
+                slot.result()
+            if not self.stopping:
+                self._progress.show()
+
     def take(self) -> tuple[Hashable, Job] | None:
         """The next job; None where there is none, or no time for it."""
         late = self._deadline is not None and self._deadline - time.monotonic() < _LEAST_SECONDS
@@ -187,6 +187,7 @@ class _Work:
         try:
             self.outcomes[key] = attempt(job, self._deadline, watch)
         except (_Stopped, OutOfTime) as reason:
+            self.stopping = True
             print(reason, flush=True)
         finally:
             self._progress.end(name)
