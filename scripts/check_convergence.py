@@ -2,7 +2,8 @@
 """Does a recipe train like bf16? scripts/check_convergence.py CONFIG --output docs/results/name
 
 Runs a job per variant and seed and writes OUTPUT.json (a list of runs), OUTPUT_verdict.json,
-OUTPUT.md and OUTPUT.png. Options after -- go to every job. NGPU=8 gives each job 8 processes.
+OUTPUT.md and OUTPUT.png. Options after -- go to every job. NGPU=8 gives each job 8 processes; with
+--gpus 0 1 2 3 jobs run side by side, one per GPU, or --per-gpu N (whose step times say nothing).
 
     scripts/check_convergence.py train_configs/llama3_150m.toml --output o --seeds 0 1 2 \
         --variants bf16 nvfp4 no_rht -- --training.steps 3000
@@ -25,6 +26,7 @@ import tyro
 from nvfp4_titan.convergence.archive import carried
 from nvfp4_titan.convergence.check import Found, Plan, read_all, run_all, verdicts
 from nvfp4_titan.convergence.command import exit_status, split_options
+from nvfp4_titan.convergence.slots import Slots
 from nvfp4_titan.convergence.variants import parse_variant
 from nvfp4_titan.convergence.verdict import Thresholds
 
@@ -48,7 +50,11 @@ class Arguments:
     runs: Path = Path("outputs/check_convergence")
     """Folder of the jobs' dump folders."""
     time_limit: float | None = None
-    """Seconds after which the run in flight is saved and stopped (allow half a minute for it)."""
+    """Seconds after which the runs in flight are saved and stopped (allow half a minute for it)."""
+    gpus: tuple[str, ...] = ()
+    """Ids, as for CUDA_VISIBLE_DEVICES, of GPUs that runs are made on side by side."""
+    per_gpu: int = 1
+    """Runs that share a GPU of --gpus; their step times then say nothing."""
     checkpoint_interval: int = 500
     """Steps between checkpoints."""
     launch: bool = True
@@ -81,8 +87,9 @@ def _check(arguments: Arguments, options: tuple[str, ...]) -> int:
         options,
         arguments.checkpoint_interval,
     )
+    slots = Slots(arguments.gpus, arguments.per_gpu)
     with carried(arguments.runs, arguments.take, arguments.pack):
-        found = run_all(plan, arguments.time_limit) if arguments.launch else read_all(plan)
+        found = run_all(plan, slots, arguments.time_limit) if arguments.launch else read_all(plan)
     if not arguments.report:
         return NOT_PASSED if found.errors else 0
     return _report(arguments, plan, found)

@@ -4,7 +4,7 @@
 Runs one job per recipe and writes OUTPUT.json, OUTPUT.png and the table to OUTPUT.md. Interrupted,
 by Ctrl-C, SIGTERM or --time-limit, it goes on when called again, in the middle of a run. --pack
 writes the finished runs into one file, --take reads such files. NGPU=8 gives each job 8 processes;
-options after -- go to every job:
+with --gpus 0 1 2 3 jobs run side by side, one per GPU. Options after -- go to every job:
 
     scripts/compare_recipes.py train_configs/llama3_150m.toml --output o -- --training.steps 1000
 
@@ -22,6 +22,7 @@ from nvfp4_titan.convergence.archive import carried
 from nvfp4_titan.convergence.check import Found, Plan, run_all
 from nvfp4_titan.convergence.command import exit_status, split_options
 from nvfp4_titan.convergence.recipes import ROWS, format_table, table
+from nvfp4_titan.convergence.slots import Slots
 from nvfp4_titan.convergence.variants import parse_variant
 
 FAILED = 1
@@ -43,7 +44,9 @@ class Arguments:
     seed: int = 0
     """Of weights and stochastic rounding."""
     time_limit: float | None = None
-    """Seconds after which the run in flight is saved and stopped (allow half a minute for it)."""
+    """Seconds after which the runs in flight are saved and stopped (allow half a minute for it)."""
+    gpus: tuple[str, ...] = ()
+    """Ids, as for CUDA_VISIBLE_DEVICES, of GPUs that runs are made on side by side, one on each."""
     checkpoint_interval: int = 500
     """Steps between checkpoints."""
     pack: Path | None = None
@@ -67,8 +70,9 @@ def _compare(arguments: Arguments, options: tuple[str, ...]) -> int:
         options=options,
         checkpoint_interval=arguments.checkpoint_interval,
     )
+    slots = Slots(arguments.gpus)
     with carried(arguments.runs, arguments.take, arguments.pack):
-        found = run_all(plan, arguments.time_limit)
+        found = run_all(plan, slots, arguments.time_limit)
     return _report(arguments.output, found)
 
 

@@ -1,4 +1,4 @@
-"""A convergence check from end to end: a run per variant and seed, in order, then a verdict.
+"""A convergence check from end to end: a run per variant and seed, begun in order, then a verdict.
 
     folder/VARIANT_seedN/    a run's dump folder (launch.Job)
 
@@ -14,14 +14,12 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from .launch import REQUEST, Job, OutOfTime, check_config
+from .progress import Progress
 from .recipes import CONTROL
 from .runs import Run, read_run
+from .slots import Slots, attempt, run_jobs
 from .variants import Variant
 from .verdict import Thresholds, Verdict, judge, noise
-
-_LEAST_SECONDS = 60
-"""A run is not started with less time left: it would do nothing but start."""
-_REPORT_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -112,34 +110,30 @@ class Found:
         return {seed: run for (name, seed), run in self.runs.items() if name == variant.name}
 
 
-def run_all(plan: Plan, time_limit: float | None = None) -> Found:
+def run_all(plan: Plan, slots: Slots, time_limit: float | None = None) -> Found:
     """Make the runs that have not finished; read all.
 
     Args:
         plan: What.
-        time_limit: Seconds after which the run in flight is told to save and stop.
+        slots: Where.
+        time_limit: Seconds after which the runs in flight are told to save and stop.
 
     Raises:
         OutOfTime: the time limit came first.
-        ConfigError: a folder holds something else.
+        ConfigError: a folder holds something else, or a GPU is not there.
     """
     deadline = None if time_limit is None else time.monotonic() + time_limit
     jobs, found = plan.jobs(), Found()
-    finished = {key: job.finished() for key, job in jobs.items()}
-    progress = Progress(plan.steps(), list(finished.values()).count(False))
+    todo = {key: job for key, job in jobs.items() if not job.finished()}
+    made = run_jobs(todo, slots, deadline, Progress(plan.steps(), len(todo))) if todo else {}
+    if left := len(todo) - len(made):
+        raise OutOfTime(f"{left} of {len(jobs)} runs are left: start again to go on")
     for key, job in jobs.items():
-        if not finished[key]:
-            if deadline is not None and deadline - time.monotonic() < _LEAST_SECONDS:
-                left = list(finished.values()).count(False) - progress.ended
-                raise OutOfTime(f"{left} of {len(jobs)} runs are left: start again to go on")
-            progress.begin(job.folder.name)
-        try:
-            found.runs[key] = job.run(deadline, progress.step)
-        except ConfigError as error:
-            found.errors[key] = str(error)
-            print(f"error: {error}", flush=True)
-        if not finished[key]:
-            progress.end()
+        outcome = made[key] if key in made else attempt(job)
+        if isinstance(outcome, ConfigError):
+            found.errors[key] = str(outcome)
+        else:
+            found.runs[key] = outcome
     return found
 
 
@@ -192,52 +186,3 @@ def control_noise(plan: Plan, found: Found, limits: Thresholds) -> float | None:
     runs = found.of(plan.variants[0])
     whole = all(run.steps in run.validation for run in runs.values())
     return noise(runs, limits.final_fraction) if len(runs) == len(plan.seeds) and whole else None
-
-
-class Progress:
-    """Prints where the runs are and about how long they will take.
-
-    Args:
-        steps: Of a run; None where they are not known.
-        count: Runs to make.
-    """
-
-    def __init__(self, steps: int | None, count: int):
-        self._steps, self._count = steps, count
-        self.ended = 0
-        self._seconds: list[float] = []  # of runs that were made from their first step on
-
-    def begin(self, name: str) -> None:
-        """A run starts."""
-        self._name, self._began, self._first = name, time.monotonic(), None
-        self._printed = time.monotonic()
-
-    def step(self, step: int, loss: str) -> None:
-        """Note the run's last step; print now and then."""
-        now = time.monotonic()
-        if not step or now - self._printed < _REPORT_SECONDS:
-            return
-        self._first = self._first or (step, now)
-        self._printed = now
-        place = f"[{self.ended + 1}/{self._count}] {self._name}"
-        print(f"{place}: step {step}/{self._steps}, loss {loss}{self._left(step, now)}", flush=True)
-
-    def end(self) -> None:
-        """The run has ended."""
-        self.ended += 1
-        self._seconds.append(time.monotonic() - self._began)
-
-    def _left(self, step: int, now: float) -> str:
-        first, since = self._first
-        if self._steps is None or step <= first:
-            return ""
-        pace = (now - since) / (step - first)
-        left = (self._steps - step) * pace
-        run = max([*self._seconds, self._steps * pace])
-        whole = left + (self._count - self.ended - 1) * run
-        return f", {clock(left)} left of it, {clock(whole)} of all"
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds, such as "3m05s"."""
-    return f"{int(seconds) // 60}m{int(seconds) % 60:02}s"

@@ -14,8 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConfigError, UserError
@@ -52,12 +52,15 @@ class Job:
         folder: Its dump folder, of its own.
         options: torchtitan's options.
         keep_checkpoints: Whether a finished run keeps its checkpoints, of gigabytes.
+        environment: Variables over this process's. They are no part of the request: a run counts
+            whichever GPU it was made on.
     """
 
     config: Path
     folder: Path
     options: tuple[str, ...]
     keep_checkpoints: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def request(self) -> dict:
         """What must agree for a finished run to count."""
@@ -113,7 +116,8 @@ class Job:
 
         Args:
             deadline: `time.monotonic()` at which it is told to save and stop.
-            watch: Called with the last step and its loss (as printed) several times a second.
+            watch: Called with the last step and its loss (as printed) several times a second. What
+                it raises has the job save and stop.
 
         Raises:
             ConfigError: the job failed.
@@ -148,9 +152,14 @@ class Job:
         path = self.folder / LOG
         print(" ".join(self.command()[1:]), flush=True)
         with path.open("ab") as log:
+            begin = log.tell()
             # In a session of its own: Ctrl-C reaches it as a request to save.
             process = subprocess.Popen(
-                self.command(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                self.command(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | self.environment,
             )
         stopped = False
         try:
@@ -158,7 +167,7 @@ class Job:
                 if deadline is not None and time.monotonic() > deadline:
                     stopped = True
                     break
-                watch(*last_step(path))
+                watch(*last_step(path, begin))
                 time.sleep(_POLL_SECONDS)
         finally:
             _end(process)
@@ -168,10 +177,10 @@ class Job:
             raise ConfigError(f"the run of {self.folder.name} failed: see {path}")
 
 
-def last_step(log: Path) -> tuple[int, str]:
-    """The last step that a job's log names, and its loss; (0, "") where it names none."""
+def last_step(log: Path, begin: int = 0) -> tuple[int, str]:
+    """The last step that a job's log names from a byte on, and its loss; (0, "") for none."""
     with log.open("rb") as lines:
-        lines.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        lines.seek(max(begin, log.stat().st_size - _TAIL_BYTES))
         found = _STEP.findall(lines.read())
     return (int(found[-1][0]), found[-1][1].decode()) if found else (0, "")
 
