@@ -61,8 +61,12 @@ class Slots:
             )
 
     def environments(self) -> list[dict[str, str]]:
-        """Variables of each slot's jobs; every GPU comes once before its second share."""
-        return [{_VISIBLE: gpu} for _ in range(self.per_gpu) for gpu in self.gpus] or [{}]
+        """Variables of each slot's jobs; every GPU comes once before its second share.
+
+        To and fro: variants alternate among jobs, and a GPU would get the same one every time.
+        """
+        rounds = [self.gpus[:: -1 if share % 2 else 1] for share in range(self.per_gpu)]
+        return [{_VISIBLE: gpu} for gpus in rounds for gpu in gpus] or [{}]
 
     def check_gpus(self) -> None:
         """Check that every GPU is there: where torch sees none, jobs would train on the CPU.

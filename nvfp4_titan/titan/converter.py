@@ -81,13 +81,23 @@ def _frees_weights(job_config: JobConfig, parallel_dims: ParallelDims) -> bool:
 
 def _keeps_weights(job_config: JobConfig, parallel_dims: ParallelDims) -> bool:
     """Whether weights' quantized forms are kept from an optimizer step to the next."""
-    setting, training = job_config.nvfp4.keep_weights, job_config.training
+    setting = job_config.nvfp4.keep_weights
     if setting != "auto":
         return setting == "always"
-    ranks = parallel_dims.dp_replicate * parallel_dims.dp_shard
+    loaders = parallel_dims.dp_replicate * parallel_dims.dp_shard
+    return accumulates(job_config, loaders) or parallel_dims.pp_enabled
+
+
+def accumulates(job_config: JobConfig, loaders: int) -> bool:
+    """Whether a step takes several local batches.
+
+    Args:
+        job_config: torchtitan's JobConfig.
+        loaders: Ranks that read different batches.
+    """
+    training = job_config.training
     # torchtitan's default, a batch for every rank's local one, is any number below 1.
-    accumulates = training.global_batch_size > training.local_batch_size * ranks
-    return accumulates or parallel_dims.pp_enabled
+    return training.global_batch_size > training.local_batch_size * loaders
 
 
 def schedule(job_config: JobConfig) -> tuple[Change, ...]:

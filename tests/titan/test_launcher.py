@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nvfp4_titan.errors import UserError
+from nvfp4_titan.errors import UnsupportedError, UserError
 from nvfp4_titan.titan.launcher import main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -98,6 +98,28 @@ def test_checked_before_anything_starts(case, tmp_path, monkeypatch):
     argv, fragment = CHECKED[case]
     with pytest.raises(UserError, match=fragment):
         preflight([f"--job.config_file={CONFIG}", *argv], 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "processes"),
+    [
+        (["--training.global_batch_size=16"], 1),
+        (["--parallelism.pipeline_parallel_degree=2"], 2),
+    ],
+)
+def test_cuda_graphs_take_one_microbatch_a_step(options, processes, tmp_path, monkeypatch):
+    from torch._inductor import config
+
+    from nvfp4_titan.titan.trainer import preflight
+
+    monkeypatch.chdir(tmp_path)
+    one = [f"--job.config_file={CONFIG}", "--compile.enable"]
+    monkeypatch.setattr(config.triton, "cudagraphs", True)
+    preflight(one, 1)
+    with pytest.raises(UnsupportedError, match="unset TORCHINDUCTOR_CUDAGRAPHS"):
+        preflight([*one, *options], processes)
+    monkeypatch.setattr(config.triton, "cudagraphs", False)
+    preflight([*one, *options], processes)
 
 
 TOML_CASES = {
