@@ -114,11 +114,10 @@ def test_cuda_graphs_take_one_microbatch_a_step(options, processes, tmp_path, mo
 
     monkeypatch.chdir(tmp_path)
     one = [f"--job.config_file={CONFIG}", "--compile.enable"]
-    monkeypatch.setattr(config.triton, "cudagraphs", True)
-    preflight(one, 1)
-    with pytest.raises(UnsupportedError, match="unset TORCHINDUCTOR_CUDAGRAPHS"):
-        preflight([*one, *options], processes)
-    monkeypatch.setattr(config.triton, "cudagraphs", False)
+    with config.patch("triton.cudagraphs", True):
+        preflight(one, 1)
+        with pytest.raises(UnsupportedError, match="unset TORCHINDUCTOR_CUDAGRAPHS"):
+            preflight([*one, *options], processes)
     preflight([*one, *options], processes)
 
 

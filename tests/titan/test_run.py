@@ -86,7 +86,7 @@ def test_a_local_folder_works_as_in_torchtitan(train, single_rank):
     assert list(losses) == [1, 2]
 
 
-def test_validation_compiles_without_cuda_graphs(monkeypatch):
+def test_validation_compiles_without_cuda_graphs():
     """Those of one block are freed by the next, where there is no backward."""
     from torch._inductor import config
 
@@ -104,11 +104,11 @@ def test_validation_compiles_without_cuda_graphs(monkeypatch):
         def validate(self, model_parts, step):
             self.seen = config.triton.cudagraphs, model_parts, step
 
-    monkeypatch.setattr(config.triton, "cudagraphs", True)
     validator = OneValidation()
     prepare_validator(validator, steps=5)
-    validator.validate(["part"], 5)
-    assert validator.seen == (False, ["part"], 5) and config.triton.cudagraphs
+    with config.patch("triton.cudagraphs", True):
+        validator.validate(["part"], 5)
+        assert validator.seen == (False, ["part"], 5) and config.triton.cudagraphs
     assert validator.should_validate(5) and not validator.should_validate(4)
 
 
