@@ -21,7 +21,7 @@ import tyro
 from nvfp4_titan.bench.jobs import run_jobs, select
 from nvfp4_titan.bench.parallel import DEEPSEEK, LLAMA, PLANS, Settings, compared, plot
 from nvfp4_titan.convergence.command import split_options
-from nvfp4_titan.errors import UserError
+from nvfp4_titan.errors import ConfigError, UserError
 from nvfp4_titan.titan.corpus import tokenizer_path
 
 CONFIGS = Path(__file__).parents[1] / "train_configs"
@@ -47,8 +47,8 @@ class Arguments:
     plan: Literal["parallel", "width", "full"] = "parallel"
     """parallel: every parallelism at 150M and 200M parameters; width: Llama3 8B and DeepSeekV3 16B
     with fewer blocks; full: both as they are."""
-    gpus: int = 2
-    """Of the full models: 4 or more; the other plans take 2."""
+    gpus: int | None = None
+    """Of the full plan: 4, 8, 16 ..; the others take 2."""
     folder: Path = Path("outputs/bench_parallel")
     """New folder for the runs."""
     llama: Path | None = None
@@ -73,6 +73,8 @@ class Arguments:
     def settings(self, options: tuple[str, ...]) -> Settings:
         """What the plan is made from; options are torchtitan's, for every job."""
         given = {m: path for m, path in ((LLAMA, self.llama), (DEEPSEEK, self.deepseek)) if path}
+        if self.gpus not in (None, 2) and self.plan != "full":
+            raise ConfigError(f"plan {self.plan} takes 2 GPUs: leave out --gpus {self.gpus}")
         planned = zip((LLAMA, DEEPSEEK), SIZES[self.plan], strict=True)
         return Settings(
             {model: CONFIGS / f"{name}.toml" for model, name in planned} | given,
@@ -82,7 +84,7 @@ class Arguments:
             (*OPTIONS[self.plan], f"--model.hf_assets_path={tokenizer_path()}", *options),
             (f"--nvfp4.backend={self.backend}",),
             self.compile,
-            self.gpus if self.plan == "full" else 2,
+            self.gpus or 2,
         )
 
 

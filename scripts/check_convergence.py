@@ -52,7 +52,8 @@ class Arguments:
     time_limit: float | None = None
     """Seconds after which the runs in flight are saved and stopped (allow half a minute for it)."""
     gpus: tuple[str, ...] = ()
-    """Ids, as for CUDA_VISIBLE_DEVICES, of GPUs that runs are made on side by side."""
+    """Ids, as for CUDA_VISIBLE_DEVICES (the machine's own, whatever is set now), of GPUs that
+    runs are made on side by side."""
     per_gpu: int = 1
     """Runs that share a GPU of --gpus; their step times then say nothing."""
     checkpoint_interval: int = 500

@@ -46,7 +46,8 @@ class Arguments:
     time_limit: float | None = None
     """Seconds after which the runs in flight are saved and stopped (allow half a minute for it)."""
     gpus: tuple[str, ...] = ()
-    """Ids, as for CUDA_VISIBLE_DEVICES, of GPUs that runs are made on side by side, one on each."""
+    """Ids, as for CUDA_VISIBLE_DEVICES (the machine's own, whatever is set now), of GPUs that
+    runs are made on side by side, one on each."""
     checkpoint_interval: int = 500
     """Steps between checkpoints."""
     pack: Path | None = None

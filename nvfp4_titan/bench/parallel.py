@@ -119,11 +119,11 @@ def full_plan(settings: Settings, folder: Path) -> list[Job]:
     """Jobs of the "full" plan; arguments as of `parallel_plan`.
 
     Raises:
-        ConfigError: too few GPUs, or an odd number.
+        ConfigError: a number of GPUs that the models' experts and blocks cannot be dealt to.
     """
     n = settings.gpus
-    if n < 4 or n % 2:
-        raise ConfigError(f"the full models take an even number of GPUs, 4 or more, not {n}")
+    if n < 4 or n & (n - 1):
+        raise ConfigError(f"the full models take 4, 8, 16 .. GPUs, not {n}: give --gpus")
     experts = (f"--parallelism.expert_parallel_degree={n}",)
     if n < 8:
         experts += ("--training.local_batch_size=1",)  # 80 GB have room for no more

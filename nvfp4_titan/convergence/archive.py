@@ -29,12 +29,15 @@ def pack(folders: Iterable[Path], archive: Path) -> list[str]:
     if not finished:
         raise ConfigError(f"nothing to pack into {archive}: no run has finished")
     archive.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive, "w:gz") as tar:
+    # The file of before may hold the only copy of its runs: it stays until the new one is whole.
+    unfinished = archive.with_name(f"{archive.name}.unfinished")
+    with tarfile.open(unfinished, "w:gz") as tar:
         for folder in finished:
             events = sorted(folder.glob("tb/*/events.out.tfevents.*"))
             for file in [folder / REQUEST, *(folder / name for name in _RECORDS), *events]:
                 if file.is_file():
                     tar.add(file, f"{folder.name}/{file.relative_to(folder)}")
+    unfinished.replace(archive)
     return [folder.name for folder in finished]
 
 

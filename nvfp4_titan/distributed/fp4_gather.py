@@ -11,8 +11,8 @@ extension (`fsdp_pre_all_gather`) on the class of the local tensor alone, which 
 after sharding.
 
 A layer waits for its gather, and each kernel of a gather waits for room beside the GEMMs of the
-layer before. So a shard is best quantized ahead (`quantize_ahead`), once for the gathers of forward
-and backward.
+layer before. So a shard is best quantized ahead (`attach` with `keep`), once for the gathers of
+forward and backward.
 
 What is read of FSDP2 beyond its documented extension: FSDPParam's `sharded_param`, `mesh_info`,
 `shard_mesh_from_root`, `mp_policy`, `offload_to_cpu`, `fsdp_placement`, `_orig_size` and
@@ -240,9 +240,9 @@ class QuantizingShard(torch.Tensor):
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """Codes and scales of this rank's shard, as bytes, and what rebuilds the whole."""
         self.gather.known.wait()
-        return self.codes(mesh, mp_policy), None
+        return self.quantized(mesh, mp_policy), None
 
-    def codes(self, mesh, mp_policy) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantized(self, mesh, mp_policy) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales, as bytes; those that are kept, where nothing has changed since.
 
         Args:
@@ -251,14 +251,14 @@ class QuantizingShard(torch.Tensor):
         """
         gather, dtype = self.gather, mp_policy.param_dtype or self.dtype
         if gather.kept is None:
-            return self._quantized(mesh, dtype)
+            return self._quantize(mesh, dtype)
         when = (gather.known.epoch, self._version, dtype)
         if when not in gather.kept:
             gather.kept.clear()
-            gather.kept[when] = self._quantized(mesh, dtype)
+            gather.kept[when] = self._quantize(mesh, dtype)
         return gather.kept[when]
 
-    def _quantized(self, mesh, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _quantize(self, mesh, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         shard, gather = self.as_subclass(torch.Tensor).to(dtype), self.gather
         amax = gather.amax
         if amax.dim() > 1:  # of experts, which are split
@@ -308,9 +308,9 @@ def attach(
     recipe: Recipe,
     backend: Backend,
     known: Known,
-    kept: dict | None = None,
+    keep: bool = False,
 ) -> None:
-    """Have FSDP gather a weight quantized from now on; nothing if it does already.
+    """Have FSDP gather a weight quantized from now on, and quantize its shard if codes are kept.
 
     Args:
         weight: One without an `obstacle`.
@@ -318,26 +318,14 @@ def attach(
         recipe: Its Recipe.
         backend: Its Backend.
         known: When the amaxes are.
-        kept: An empty dict to keep a shard's codes in until they change; None keeps nothing.
+        keep: Keep the shard's codes until it changes. Not with CPU offload, where FSDP gathers from
+            a copy on the device, made anew each time.
     """
-    local = weight.local
-    if isinstance(local, QuantizingShard):
-        return
-    local.__class__ = QuantizingShard
-    local.gather = WeightGather(amaxes, weight.name, recipe, backend, known, kept)
-    weight.fsdp._init_extensions()
-
-
-def quantize_ahead(weight: ShardedWeight) -> None:
-    """Quantize a shard for the gathers to come; nothing where none or no codes of it are kept.
-
-    With CPU offload FSDP moves the shard to the device for each gather: it is quantized then.
-
-    Args:
-        weight: Any weight.
-    """
-    local = weight.local
-    if not isinstance(local, QuantizingShard) or weight.fsdp.offload_to_cpu:
-        return
+    local, fsdp = weight.local, weight.fsdp
+    if not isinstance(local, QuantizingShard):
+        kept = {} if keep and not fsdp.offload_to_cpu else None
+        local.__class__ = QuantizingShard
+        local.gather = WeightGather(amaxes, weight.name, recipe, backend, known, kept)
+        fsdp._init_extensions()
     if local.gather.kept is not None:
-        local.codes(weight.fsdp.shard_mesh_from_root, weight.fsdp.mp_policy)
+        local.quantized(fsdp.shard_mesh_from_root, fsdp.mp_policy)

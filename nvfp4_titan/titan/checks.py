@@ -4,7 +4,6 @@ import os
 from dataclasses import fields, is_dataclass
 
 from tokenizers import Tokenizer
-from torch._inductor import config as inductor
 from torchtitan.config import JobConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan.protocols.model_converter import _registry_model_converter_cls as CONVERTERS
@@ -12,9 +11,10 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from ..errors import ConfigError, UnsupportedError
 from . import cpu_runtime
-from .converter import accumulates, check_settings
+from .converter import check_cuda_graphs, check_settings
 from .datasets import dataset_corpus
 from .qat import check_qat
+from .sharding import parallel_dims
 
 
 def check(job_config: JobConfig, world_size: int) -> None:
@@ -32,7 +32,7 @@ def check(job_config: JobConfig, world_size: int) -> None:
     _check_model(job_config.model)
     _check_parallelism(job_config, world_size)
     _check_sizes(job_config)
-    _check_cuda_graphs(job_config, world_size)
+    check_cuda_graphs(job_config, parallel_dims(job_config, world_size))
     _check_tokenizer(job_config.model)
     if "nvfp4" in job_config.model.converters:
         check_settings(job_config)
@@ -139,22 +139,6 @@ def _check_sizes(job_config: JobConfig) -> None:
         raise ConfigError(
             f"validation.seq_len = {validation.seq_len} is longer than training.seq_len = "
             f"{training.seq_len}, which the model's positions are made for: set it to that at most"
-        )
-
-
-def _check_cuda_graphs(job_config: JobConfig, world_size: int) -> None:
-    """A replayed backward writes its gradients where the last one's are, with no word of it."""
-    if not (job_config.compile.enable and inductor.triton.cudagraphs):
-        return
-    p = job_config.parallelism
-    loaders = world_size // (
-        p.tensor_parallel_degree * p.context_parallel_degree * p.pipeline_parallel_degree
-    )
-    if p.pipeline_parallel_degree > 1 or accumulates(job_config, loaders):
-        raise UnsupportedError(
-            "with inductor's CUDA graphs a microbatch's gradients overwrite those of the one "
-            "before: unset TORCHINDUCTOR_CUDAGRAPHS, or have one microbatch a step "
-            "(training.global_batch_size, parallelism.pipeline_parallel_degree)"
         )
 
 

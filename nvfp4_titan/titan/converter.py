@@ -1,6 +1,7 @@
 """The `nvfp4` model converter: settings to `convert`, checked before anything is built."""
 
 from torch import distributed, nn
+from torch._inductor import config as inductor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.moe import utils as moe_utils
@@ -30,6 +31,7 @@ class NVFP4Converter(ModelConverter):
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
         self.job_config = job_config
         check_settings(job_config)
+        check_cuda_graphs(job_config, parallel_dims)
         self.settings = job_config.nvfp4
         self.frees_weights = _frees_weights(job_config, parallel_dims)
         self.keeps_weights = _keeps_weights(job_config, parallel_dims)
@@ -84,20 +86,32 @@ def _keeps_weights(job_config: JobConfig, parallel_dims: ParallelDims) -> bool:
     setting = job_config.nvfp4.keep_weights
     if setting != "auto":
         return setting == "always"
-    loaders = parallel_dims.dp_replicate * parallel_dims.dp_shard
-    return accumulates(job_config, loaders) or parallel_dims.pp_enabled
+    return _has_microbatches(job_config, parallel_dims)
 
 
-def accumulates(job_config: JobConfig, loaders: int) -> bool:
-    """Whether a step takes several local batches.
-
-    Args:
-        job_config: torchtitan's JobConfig.
-        loaders: Ranks that read different batches.
-    """
-    training = job_config.training
+def _has_microbatches(job_config: JobConfig, parallel_dims: ParallelDims) -> bool:
+    """Whether a step calls the model several times."""
+    training, ranks = job_config.training, parallel_dims.dp_replicate * parallel_dims.dp_shard
     # torchtitan's default, a batch for every rank's local one, is any number below 1.
-    return training.global_batch_size > training.local_batch_size * loaders
+    accumulates = training.global_batch_size > training.local_batch_size * ranks
+    return accumulates or parallel_dims.pp_enabled
+
+
+def check_cuda_graphs(job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+    """Check that inductor's CUDA graphs, if they are on, leave gradients alone.
+
+    Raises:
+        UnsupportedError: a step has several microbatches. A replayed backward writes its gradients
+            where the last one's are, and torch says nothing.
+    """
+    compiled = job_config.compile.enable and "model" in job_config.compile.components
+    graphs = compiled and inductor.triton.cudagraphs
+    if graphs and _has_microbatches(job_config, parallel_dims):
+        raise UnsupportedError(
+            "with inductor's CUDA graphs a microbatch's gradients overwrite those of the one "
+            "before: unset TORCHINDUCTOR_CUDAGRAPHS, or have one microbatch a step "
+            "(training.global_batch_size, parallelism.pipeline_parallel_degree)"
+        )
 
 
 def schedule(job_config: JobConfig) -> tuple[Change, ...]:

@@ -56,6 +56,9 @@ _TRAFFIC = {
 """By op: (result, arguments) to the kind of collective and the bytes that this rank receives."""
 
 
+_SHAPES = "_propagate_tensor_meta_non_cached"
+
+
 class Tracker(TorchDispatchMode):
     """Follows storages made while it is active.
 
@@ -63,7 +66,7 @@ class Tracker(TorchDispatchMode):
         live: Bytes alive now, of storages that were made since it was entered.
         peak: The most there were.
         traffic: Bytes received so far, by kind of collective.
-        paused: Whether tensors are none that exist.
+        paused: Whether what is made now is not counted.
     """
 
     def __init__(self):
@@ -86,7 +89,8 @@ class Tracker(TorchDispatchMode):
         # FSDP frees gathered weights so.
         self._patches = [
             patch.object(torch.UntypedStorage, "resize_", resized),
-            patch.object(ShardingPropagator, _SHAPES, _without(self, _SHAPES)),
+            # DTensor finds out a result's shape on whole tensors, which no rank ever holds.
+            patch.object(ShardingPropagator, _SHAPES, self._unseen(_SHAPES)),
         ]
         for each in self._patches:
             each.start()
@@ -96,6 +100,18 @@ class Tracker(TorchDispatchMode):
         for each in self._patches:
             each.stop()
         return super().__exit__(*error)
+
+    def _unseen(self, name: str):
+        method = getattr(ShardingPropagator, name)
+
+        def unseen(*args, **kwargs):
+            self.paused = True
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.paused = False
+
+        return unseen
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         # Subclasses made of other tensors first: their own operations come here then.
@@ -127,23 +143,6 @@ class Tracker(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         self._known.pop(key, None)
         self.live -= self._sizes.pop(key, 0)
-
-
-_SHAPES = "_propagate_tensor_meta_non_cached"
-"""Where DTensor finds out the shape of a result: on whole tensors, which no rank ever holds."""
-
-
-def _without(tracker: Tracker, name: str):
-    method = getattr(ShardingPropagator, name)
-
-    def paused(*args, **kwargs):
-        tracker.paused = True
-        try:
-            return method(*args, **kwargs)
-        finally:
-            tracker.paused = False
-
-    return paused
 
 
 def _tensors(tree) -> list[torch.Tensor]:

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..distributed import ShardedWeight, amax_in_dtypes, fsdp_records, weight_amaxes
-from ..distributed.fp4_gather import Known, attach, obstacle, quantize_ahead
+from ..distributed.fp4_gather import Known, attach, obstacle
 from .experts import WrappingExperts
 from .functions import KeptWeight
 from .linear import NVFP4Linear
@@ -76,7 +76,7 @@ def track_weights(
         keep_weights: Keep weights' operands from an optimizer step to the next: 0.56 bytes per
             element of a weight, or 2 where the backend multiplies bf16 values.
         keep_codes: Keep the codes of shards that FSDP gathers in codes: 0.5 bytes per element of a
-            shard and one per block.
+            shard and one per block. Not with CPU offload.
         shared: Names of linears (or expert weights) of one parent that are given one amax.
     """
     state = _State(fp4_all_gather, keep_weights, keep_codes, shared=tuple(map(tuple, shared)))
@@ -253,9 +253,8 @@ def _gather_quantized(state: _State) -> None:
         recipe, backend = weight.module.recipes()[weight.name]
         reason = obstacle(weight, recipe)
         if reason is None:
-            kept = {} if state.keep_codes else None
-            attach(weight, weight.module.weight_amaxes, recipe, backend, state.known, kept)
-            quantize_ahead(weight)
+            amaxes, keep = weight.module.weight_amaxes, state.keep_codes
+            attach(weight, amaxes, recipe, backend, state.known, keep)
         else:
             fqn = weight.fsdp and weight.fsdp._param_fqn
             left[reason].append(fqn or weight.name)

@@ -86,9 +86,12 @@ def build(variant, mesh):
         fully_shard(part, **policy)
         part.set_force_sum_reduction_for_comms(True)
     if variant != "plain":
-        keep = variant in ("kept", "offloaded")
-        options = {"keep_weights": keep, "keep_codes": keep or variant == "compiled"}
-        track_weights(model, fp4_all_gather=variant in GATHERED, **options)
+        track_weights(
+            model,
+            fp4_all_gather=variant in GATHERED,
+            keep_weights=variant in ("tracked", "offloaded"),
+            keep_codes=variant in ("kept", "offloaded", "compiled"),
+        )
     return model
 
 
@@ -127,6 +130,8 @@ def all_variants(rank, device):
     for variant in VARIANTS:
         model = build(variant, mesh)
         found[variant] = train(model, rank, device)
+        # Of shards no whole operands.
+        assert not any(module.kept_weights for module in model.modules() if hasattr(module, "key"))
         if variant in ("plain", "gathered"):
             with torch.no_grad(), Gathered() as gathered:
                 model(torch.randn(32, DIM, device=device))
@@ -158,7 +163,7 @@ def check_gathered(model):
 
 
 def check_kept(model, device):
-    """A shard is quantized once, though gathered again; whole operands of shards are not kept."""
+    """A shard is quantized once, though gathered again."""
     shards = [
         record.sharded_param._local_tensor
         for record in fsdp_records(model).values()
@@ -171,7 +176,6 @@ def check_kept(model, device):
     for shard, kept in zip(shards, before, strict=True):
         (when, tensors) = next(iter(kept.items()))
         assert shard.gather.kept[when] is tensors
-    assert not any(module.kept_weights for module in model.modules() if hasattr(module, "key"))
 
 
 def check_loading(model, device):

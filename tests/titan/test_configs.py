@@ -57,3 +57,29 @@ def test_builds_converts_and_shards(config, tmp_path):
 def test_comments_name_the_alternatives(config):
     text = config.read_text()
     assert "nvfp4, bf16" in text and "auto, reference, triton, native" in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "batch", "weights", "codes"),
+    [
+        ("auto", 4, False, True),
+        ("auto", 8, True, True),
+        ("always", 4, True, True),
+        ("never", 8, False, False),
+    ],
+)
+def test_what_is_kept_of_weights(setting, batch, weights, codes, tmp_path, monkeypatch):
+    from nvfp4_titan.titan import converter
+    from nvfp4_titan.titan.sharding import meta_model, parallel_dims
+
+    (path,) = (path for path in CONFIGS if path.stem == "llama3_debug")
+    job = parse(
+        path,
+        f"--job.dump_folder={tmp_path}",
+        f"--nvfp4.keep_weights={setting}",
+        f"--training.global_batch_size={batch}",
+    )
+    asked = {}
+    monkeypatch.setattr(converter, "track_weights", lambda model, **kwargs: asked.update(kwargs))
+    converter.NVFP4Converter(job, parallel_dims(job, 1)).convert(meta_model(job))
+    assert (asked["keep_weights"], asked["keep_codes"]) == (weights, codes)
