@@ -6,7 +6,7 @@ Rows "triton" quantize everything in each call, the weight and its amax too. Tra
     triton kept weight   the weight's operand, kept until the optimizer steps (nvfp4.keep_weights)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -52,8 +52,10 @@ def known_of(w: torch.Tensor) -> dict[str, dict]:
     }
 
 
-def step(forward: Forward, dy: torch.Tensor, *leaves: torch.Tensor) -> Callable[[], object]:
-    """Forward and backward of y = forward(*leaves) with gradient dy."""
+def step(
+    forward: Callable, dy: torch.Tensor | Sequence[torch.Tensor], *leaves: torch.Tensor
+) -> Callable[[], object]:
+    """Forward and backward of y = forward(*leaves), or several of them, with gradient dy."""
     return lambda: torch.autograd.grad(forward(*leaves), leaves, dy)
 
 
@@ -82,7 +84,7 @@ def qkv_rows() -> list[BenchRow]:
     """Forward and backward of three linears that read the same x, compiled together."""
     k = QKV[0]
     x, *weights = _leaves((TOKENS, k), *((n, k) for n in QKV))
-    dy = torch.randn(TOKENS, sum(QKV), device="cuda", dtype=torch.bfloat16)
+    dy = [torch.randn(TOKENS, n, device="cuda", dtype=torch.bfloat16) for n in QKV]
     ours = [known_of(w) for w in weights]
     variants = {"bf16": [torch.nn.functional.linear] * len(weights)}
     for name in ours[0]:
@@ -91,7 +93,7 @@ def qkv_rows() -> list[BenchRow]:
     for name, linears in variants.items():
 
         def forward(x, *weights, linears=linears):
-            return torch.cat([one(x, w) for one, w in zip(linears, weights, strict=True)], dim=1)
+            return [one(x, w) for one, w in zip(linears, weights, strict=True)]
 
         times[name] = step(torch.compile(forward, fullgraph=True), dy, x, *weights)
     sizes = {"M": TOKENS, "K": k, "N": sum(QKV)}
