@@ -92,23 +92,33 @@ def test_validation_compiles_without_cuda_graphs():
 
     from nvfp4_titan.titan.validate import prepare_validator
 
+    compiled_with = []
+
+    def backend(graph, inputs):
+        compiled_with.append(config.triton.cudagraphs)
+        return graph.forward
+
+    block = torch.compile(torch.nn.Linear(4, 4), backend=backend)
+
     class OneValidation:
         validation_dataloader = SimpleNamespace(
             dataset=SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
         )
-        seen = None
 
         def should_validate(self, step):
             return False
 
+        @torch.no_grad()
         def validate(self, model_parts, step):
-            self.seen = config.triton.cudagraphs, model_parts, step
+            model_parts[0](torch.ones(2, 4))
 
     validator = OneValidation()
     prepare_validator(validator, steps=5)
     with config.patch("triton.cudagraphs", True):
-        validator.validate(["part"], 5)
-        assert validator.seen == (False, ["part"], 5) and config.triton.cudagraphs
+        for _ in range(2):
+            block(torch.ones(3, 4))
+            validator.validate([block], 5)
+    assert compiled_with == [True, False]
     assert validator.should_validate(5) and not validator.should_validate(4)
 
 
