@@ -5,9 +5,10 @@ process (the "fake" process group), then one forward and backward pass is traced
 Exact: shards, gradients and the optimizer's state. Traced: what is alive, and what is sent.
 
     assumption                          where it is wrong
-    blocks run eagerly                  compiled ones keep less for backward, unless selective
-                                        checkpointing says what they keep
+    compiled blocks keep what           inside of a block, whose passing tensors inductor fuses
+    inductor's partitioner keeps        away; with tensor parallelism blocks are traced eagerly
     a compiled loss is one kernel       another compiler than inductor
+    fused attention                     a GPU or sizes that none of torch's kernels takes
     attention without masks             flex attention's block masks come on top
     every expert gets as many tokens    an unbalanced router gives a rank more
     one microbatch                      with gradient accumulation traffic grows with their number
@@ -19,9 +20,10 @@ Needs no GPU and must see none: torchtitan then takes the CPU for its device.
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from unittest.mock import patch
 
 import torch
@@ -31,18 +33,22 @@ from torch.distributed.tensor import DTensor
 from torchtitan.config import JobConfig
 from torchtitan.distributed.expert_parallel import ExpertParallel
 from torchtitan.distributed.utils import get_train_context, maybe_enable_amp
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.moe import utils as moe_utils
 from torchtitan.protocols.train_spec import BaseModelArgs, get_train_spec
 
 from ..distributed import fsdp_records
 from ..distributed.fp4_gather import obstacle
 from ..errors import UnsupportedError
+from ..training.experts import WrappingExperts
 from ..training.weights import converted_weights
 from . import activation_checkpoint, cpu_runtime
 from .sharding import model_args, parallel_dims, sharded_model
 from .tracking import Tracker
 from .trainer import parse
 
+_COMPILER = "aot_eager_decomp_partition"
+"""Inductor without its code: its decompositions, and what its partitioner keeps for backward."""
 _ADAMW_STATES = 2
 _GATHERS = 2
 """Of a weight in a step: for the forward and, where FSDP frees it in between, for the backward."""
@@ -120,12 +126,15 @@ def _gib(count: int) -> str:
     return f"{count / 2**30:.2f}"
 
 
-def estimate(job_config: JobConfig, world_size: int) -> Estimate:
+def estimate(
+    job_config: JobConfig, world_size: int, device: Literal["cuda", "cpu"] = "cuda"
+) -> Estimate:
     """Estimate a job's memory and traffic per rank; leaves no process group behind.
 
     Args:
-        job_config: Settings; of compile the loss alone, checkpoints and data are not looked at.
+        job_config: Settings; checkpoints and data are not looked at.
         world_size: Ranks.
+        device: Whose attention is traced: a GPU's fused one, or what this CPU takes.
 
     Raises:
         ConfigError: degrees that do not fit the number of ranks.
@@ -140,29 +149,38 @@ def estimate(job_config: JobConfig, world_size: int) -> Estimate:
     if not cpu_runtime.active():
         raise UnsupportedError("an estimate must see no GPU: set CUDA_VISIBLE_DEVICES=''")
     job_config = copy.deepcopy(job_config)
-    compiled = job_config.compile.components if job_config.compile.enable else ()
-    job_config.compile.enable = False
+    job_config.compile.backend = _COMPILER
     if "nvfp4" in job_config.model.converters:
         job_config.nvfp4.fp4_all_gather = False  # counted, not traced: codes need values
     distributed.init_process_group("fake", rank=0, world_size=world_size)
     try:
-        return _traced(job_config, world_size, compiled)
+        with _fused_attention() if device == "cuda" else nullcontext():
+            return _traced(job_config, world_size)
     finally:
         distributed.destroy_process_group()
+        torch._dynamo.reset()
 
 
-def _traced(job_config: JobConfig, world_size: int, compiled: Sequence[str]) -> Estimate:
+def _traced(job_config: JobConfig, world_size: int) -> Estimate:
     dims = parallel_dims(job_config, world_size)
     spec, training = get_train_spec(job_config.model.name), job_config.training
+    compiled = set(job_config.compile.components if job_config.compile.enable else ())
+    if dims.tp_enabled:  # its graphs look up groups of ranks, which the fake ones are not
+        compiled.discard("model")
+    job_config.compile.enable = "model" in compiled
     activation_checkpoint.install()
     with _balanced_experts():
         model, _ = sharded_model(job_config, dims, _traceable_args(job_config))
         less = _fp4_savings(model)
         with ExitStack() as stack:
-            # torchtitan compiles a function of experts for the whole process once any job asks.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if "model" not in compiled:
+                # torchtitan compiles a function of experts for the whole process once a job asks.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             model.to_empty(device="cpu")
+            for module in model.modules():
+                if isinstance(module, WrappingExperts):
+                    module.change_keys(torch.empty_like)  # compiled graphs take fakes alone
             cpu_runtime.prepare_trainer([model])
             tokens = torch.zeros(training.local_batch_size, training.seq_len, dtype=torch.int64)
             labels = torch.zeros_like(tokens)
@@ -176,6 +194,9 @@ def _traced(job_config: JobConfig, world_size: int, compiled: Sequence[str]) -> 
             stack.enter_context(
                 maybe_enable_amp(dims, training.mixed_precision_param, torch.device("cpu").type)
             )
+            if "model" in compiled:
+                loss_fn(model(tokens), labels).backward()  # compiles
+                model.zero_grad()
             tracker = stack.enter_context(Tracker())
             loss = loss_fn(model(tokens), labels)
             gathered = gathered_bytes(model)
@@ -230,6 +251,17 @@ def _traceable_args(job_config: JobConfig) -> BaseModelArgs:
     if getattr(args, "attn_type", "sdpa") != "sdpa":
         args.attn_type = "sdpa"  # its masks need tokens; it keeps as much for backward
     return args
+
+
+def _fused_attention():
+    """Attention as on a GPU: it keeps its output and a number per row, and repeats no k or v."""
+
+    def forward(self, q, k, v, *, scale=None, enable_gqa=False, is_causal=True):
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, is_causal, scale=scale
+        )[0]
+
+    return patch.object(ScaledDotProductAttentionWrapper, "forward", forward)
 
 
 @contextmanager

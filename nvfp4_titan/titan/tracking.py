@@ -78,6 +78,11 @@ class Tracker(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
         self._resize = torch.UntypedStorage.resize_
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Yes: under other modes torch runs nothing that is compiled."""
+        return True
+
     def __enter__(self):
         tracker, resize = self, self._resize
 

@@ -282,6 +282,12 @@ class WrappingExperts:
             for name, (key, options) in self._converted.items()
         }
 
+    def change_keys(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Round every converted weight's gradients with change(key) from now on."""
+        self._converted = {
+            name: (change(key), options) for name, (key, options) in self._converted.items()
+        }
+
     def recipes(self) -> dict[str, tuple[Recipe, Backend]]:
         """What each converted weight runs in, by name."""
         items = self._converted.items()

@@ -18,9 +18,15 @@ cpu_runtime.patch_moe()
 
 WORLD = 2
 CONFIGS = Path(__file__).parents[2] / "train_configs"
+COMPILED = (
+    "--compile.enable",
+    "--compile.components=model",
+    "--compile.backend=aot_eager_decomp_partition",
+)
 JOBS = {
     "llama3": ("llama3", ()),
     "llama3 bf16": ("llama3", ("--model.converters=", "--activation_checkpoint.mode=selective")),
+    "llama3 compiled": ("llama3", COMPILED),
     "llama3 fp4_all_gather": ("llama3", ("--nvfp4.fp4_all_gather",)),
     "deepseek_v3": (
         "deepseek_v3",
@@ -35,7 +41,7 @@ def config(name, folder):
     model, options = JOBS[name]
     return parse([
         f"--job.config_file={CONFIGS}/{model}_debug.toml", f"--job.dump_folder={folder}",
-        "--training.steps=1", "--training.local_batch_size=2", "--training.seq_len=128",
+        "--training.steps=2", "--training.local_batch_size=2", "--training.seq_len=128",
         "--validation.no-enable", "--metrics.no-enable-tensorboard", *options,
     ])  # fmt: skip
 
@@ -58,22 +64,24 @@ def measure(job_config):
     logger.setLevel("WARNING")
     trainer = NVFP4Trainer(job_config)
     (model,), loss_fn, found = trainer.model_parts, trainer.loss_fn, {}
-    tracker, saved = Tracker(), []
+    saved = []
 
     def loss_between_forward_and_backward(*args):
         loss = loss_fn(*args)
-        found["activations"] = tracker.live - gathered_bytes(model)
+        found["activations"] = found["tracker"].live - gathered_bytes(model)
         found["saved"] = saved_bytes(saved, model)
         saved.clear()
         return loss
 
     def forward_backward_step(**kwargs):
-        with tracker, recorded(saved):
+        found["tracker"] = Tracker()  # of the last step: the first one compiles
+        with found["tracker"], recorded(saved):
             return NVFP4Trainer.forward_backward_step(trainer, **kwargs)
 
     trainer.loss_fn = loss_between_forward_and_backward
     trainer.forward_backward_step = forward_backward_step
     trainer.train()
+    tracker = found.pop("tracker")
     states = [
         value
         for optimizer in trainer.optimizers
@@ -121,7 +129,7 @@ def measured(tmp_path_factory):
 def test_estimates_are_what_runs_measure(measured, name, tmp_path):
     from nvfp4_titan.titan.estimate import estimate
 
-    expected = estimate(config(name, tmp_path), WORLD)
+    expected = estimate(config(name, tmp_path), WORLD, device="cpu")
     traffic = dict(expected.traffic)
     if "fp4_all_gather" in name:
         assert expected.fp4_all_gather < 0.7 * traffic["all_gather"]
@@ -176,17 +184,36 @@ def test_shapes_of_whole_tensors_take_no_memory(two_fake_ranks):
     assert tracker.peak == 64 * 512 * 4
 
 
-def test_an_estimate_looks_at_whether_the_loss_is_compiled(tmp_path):
+def activations(job, *components, device="cuda"):
     from nvfp4_titan.titan.estimate import estimate
 
-    job = config("llama3 bf16", tmp_path)
+    job.compile.enable, job.compile.components = bool(components), list(components)
+    found = estimate(job, WORLD, device).activations
+    assert job.compile.enable == bool(components)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama3 bf16", "deepseek_v3"])
+def test_an_estimate_looks_at_what_is_compiled(name, tmp_path):
+    job = config(name, tmp_path)
     job.training.mixed_precision_param = "bfloat16"  # the eager loss copies logits in fp32
-    eager = estimate(job, WORLD)
-    job.compile.enable, job.compile.components = True, ["model"]
-    assert estimate(job, WORLD) == eager
-    job.compile.components = ["model", "loss"]
-    assert estimate(job, WORLD).activations < eager.activations
-    assert job.compile.enable
+    job.activation_checkpoint.mode = "none"
+    eager, loss, blocks = (activations(job, *c) for c in ((), ("loss",), ("model",)))
+    both = activations(job, "model", "loss")
+    assert loss < eager and blocks < eager and both < min(loss, blocks)
+    assert both == activations(job, "model", "loss")
+
+
+def test_with_tensor_parallelism_blocks_are_estimated_eagerly(tmp_path):
+    job = config("llama3", tmp_path)
+    job.parallelism.tensor_parallel_degree = 2
+    assert activations(job, "model") == activations(job)
+
+
+def test_fused_attention_keeps_no_scores(tmp_path):
+    job = config("deepseek_v3", tmp_path)  # its heads' sizes make a CPU keep them
+    job.training.seq_len, job.activation_checkpoint.mode = 1024, "none"
+    assert activations(job) < activations(job, device="cpu")
 
 
 def test_experts_that_fsdp_gathers_in_a_checkpointed_block_are_estimated(tmp_path):
