@@ -31,6 +31,7 @@ from torch import distributed, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.expert_parallel import ExpertParallel
 from torchtitan.distributed.utils import get_train_context, maybe_enable_amp
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
@@ -163,7 +164,6 @@ def estimate(
 
 def _traced(job_config: JobConfig, world_size: int) -> Estimate:
     dims = parallel_dims(job_config, world_size)
-    spec, training = get_train_spec(job_config.model.name), job_config.training
     compiled = set(job_config.compile.components if job_config.compile.enable else ())
     if dims.tp_enabled:  # its graphs look up groups of ranks, which the fake ones are not
         compiled.discard("model")
@@ -172,36 +172,7 @@ def _traced(job_config: JobConfig, world_size: int) -> Estimate:
     with _balanced_experts():
         model, _ = sharded_model(job_config, dims, _traceable_args(job_config))
         less = _fp4_savings(model)
-        with ExitStack() as stack:
-            if "model" not in compiled:
-                # torchtitan compiles a function of experts for the whole process once a job asks.
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            model.to_empty(device="cpu")
-            for module in model.modules():
-                if isinstance(module, WrappingExperts):
-                    module.change_keys(torch.empty_like)  # compiled graphs take fakes alone
-            cpu_runtime.prepare_trainer([model])
-            tokens = torch.zeros(training.local_batch_size, training.seq_len, dtype=torch.int64)
-            labels = torch.zeros_like(tokens)
-            loss_fn = (
-                CompiledLoss.apply
-                if "loss" in compiled
-                else spec.build_loss_fn(job_config, parallel_dims=dims)
-            )
-            loss_parallel = dims.tp_enabled and not job_config.parallelism.disable_loss_parallel
-            stack.enter_context(get_train_context(loss_parallel)())
-            stack.enter_context(
-                maybe_enable_amp(dims, training.mixed_precision_param, torch.device("cpu").type)
-            )
-            if "model" in compiled:
-                loss_fn(model(tokens), labels).backward()  # compiles
-                model.zero_grad()
-            tracker = stack.enter_context(Tracker())
-            loss = loss_fn(model(tokens), labels)
-            gathered = gathered_bytes(model)
-            activations = tracker.live - gathered
-            loss.backward()
+        tracker, activations, gathered = _trace_step(model, job_config, dims, compiled)
     parameters = local_bytes(model)
     state = _ADAMW_STATES * parameters
     return Estimate(
@@ -214,6 +185,41 @@ def _traced(job_config: JobConfig, world_size: int) -> Estimate:
         traffic=dict(tracker.traffic),
         fp4_all_gather=less and tracker.traffic["all_gather"] - less,
     )
+
+
+def _trace_step(
+    model: nn.Module, job_config: JobConfig, dims: ParallelDims, compiled: set[str]
+) -> tuple[Tracker, int, int]:
+    """Trace a forward and a backward; their tracker, bytes kept between them, and gathered then."""
+    training = job_config.training
+    with ExitStack() as stack:
+        if "model" not in compiled:
+            # torchtitan compiles a function of experts for the whole process once any job asks.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        model.to_empty(device="cpu")
+        for module in model.modules():
+            if isinstance(module, WrappingExperts):
+                module.change_keys(torch.empty_like)  # compiled graphs take fakes alone
+        cpu_runtime.prepare_trainer([model])
+        tokens = torch.zeros(training.local_batch_size, training.seq_len, dtype=torch.int64)
+        labels = torch.zeros_like(tokens)
+        build_loss = get_train_spec(job_config.model.name).build_loss_fn
+        loss_fn = build_loss(job_config, parallel_dims=dims)
+        if "loss" in compiled:
+            loss_fn = CompiledLoss.apply
+        loss_parallel = dims.tp_enabled and not job_config.parallelism.disable_loss_parallel
+        stack.enter_context(get_train_context(loss_parallel)())
+        stack.enter_context(maybe_enable_amp(dims, training.mixed_precision_param, "cpu"))
+        if "model" in compiled:
+            loss_fn(model(tokens), labels).backward()  # compiles
+            model.zero_grad()
+        tracker = stack.enter_context(Tracker())
+        loss = loss_fn(model(tokens), labels)
+        gathered = gathered_bytes(model)
+        activations = tracker.live - gathered
+        loss.backward()
+    return tracker, activations, gathered
 
 
 class CompiledLoss(torch.autograd.Function):

@@ -78,6 +78,9 @@ class Tracker(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
         self._resize = torch.UntypedStorage.resize_
 
+    # An operation that a checkpoint repeats with its random state comes wrapped in one.
+    supports_higher_order_operators = True
+
     @classmethod
     def is_infra_mode(cls) -> bool:
         """Yes: under other modes torch runs nothing that is compiled."""

@@ -204,6 +204,14 @@ def test_an_estimate_looks_at_what_is_compiled(name, tmp_path):
     assert both == activations(job, "model", "loss")
 
 
+def test_compiled_blocks_under_full_checkpointing(tmp_path):
+    job = config("llama3", tmp_path)  # attention is repeated with its random state
+    job.activation_checkpoint.mode = "full"
+    full = activations(job, "model")
+    job.activation_checkpoint.mode = "none"
+    assert full < 0.5 * activations(job, "model")
+
+
 def test_with_tensor_parallelism_blocks_are_estimated_eagerly(tmp_path):
     job = config("llama3", tmp_path)
     job.parallelism.tensor_parallel_degree = 2
