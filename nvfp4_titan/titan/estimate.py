@@ -28,6 +28,7 @@ from unittest.mock import patch
 
 import torch
 from torch import distributed, nn
+from torch._dynamo.eval_frame import innermost_fn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torchtitan.config import JobConfig
@@ -35,6 +36,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.expert_parallel import ExpertParallel
 from torchtitan.distributed.utils import get_train_context, maybe_enable_amp
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
+from torchtitan.models.moe import moe as moe_module
 from torchtitan.models.moe import utils as moe_utils
 from torchtitan.protocols.train_spec import BaseModelArgs, get_train_spec
 
@@ -169,7 +171,7 @@ def _traced(job_config: JobConfig, world_size: int) -> Estimate:
         compiled.discard("model")
     job_config.compile.enable = "model" in compiled
     activation_checkpoint.install()
-    with _balanced_experts():
+    with _balanced_experts(), _experts_compiled_here():
         model, _ = sharded_model(job_config, dims, _traceable_args(job_config))
         less = _fp4_savings(model)
         tracker, activations, gathered = _trace_step(model, job_config, dims, compiled)
@@ -193,9 +195,6 @@ def _trace_step(
     """Trace a forward and a backward; their tracker, bytes kept between them, and gathered then."""
     training = job_config.training
     with ExitStack() as stack:
-        if "model" not in compiled:
-            # torchtitan compiles a function of experts for the whole process once any job asks.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model.to_empty(device="cpu")
         for module in model.modules():
@@ -290,6 +289,19 @@ def _balanced_experts() -> Iterator[None]:
         patch.object(ExpertParallel, "_token_dispatch", even_dispatch),
     ):
         yield
+
+
+def _experts_compiled_here():
+    """Have the experts' function compiled, if at all, for this estimate alone.
+
+    torchtitan compiles it for the whole process: what an earlier job compiled would run its code on
+    tensors without values, and what is compiled here would run in later jobs.
+    """
+    function = moe_module._run_experts_grouped_mm
+    if function.__name__.endswith("_dynamic"):  # around the compiled one, for expert parallelism
+        (cell,) = function.__closure__
+        function = cell.cell_contents
+    return patch.object(moe_module, "_run_experts_grouped_mm", innermost_fn(function))
 
 
 def local_bytes(model: nn.Module) -> int:

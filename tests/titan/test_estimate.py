@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -202,6 +203,24 @@ def test_an_estimate_looks_at_what_is_compiled(name, tmp_path):
     both = activations(job, "model", "loss")
     assert loss < eager and blocks < eager and both < min(loss, blocks)
     assert both == activations(job, "model", "loss")
+
+
+def test_an_estimate_neither_uses_nor_leaves_compiled_experts(tmp_path):
+    from torchtitan.models.moe import moe
+
+    job, name = config("deepseek_v3", tmp_path), "_run_experts_grouped_mm"
+    plain, expected = getattr(moe, name), activations(job, "model")
+    assert getattr(moe, name) is plain
+    # As torchtitan does it: for the whole process, with expert parallelism in another function.
+    compiled_fn = torch.compile(plain, backend=lambda graph, inputs: pytest.fail("ran"))
+
+    def _run_experts_grouped_mm_dynamic(*args):
+        return compiled_fn(*args)
+
+    for earlier in (compiled_fn, _run_experts_grouped_mm_dynamic):
+        with patch.object(moe, name, earlier):
+            assert activations(job, "model") == expected
+            assert getattr(moe, name) is earlier
 
 
 def test_compiled_blocks_under_full_checkpointing(tmp_path):
