@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch._inductor import config as inductor
 from torch.distributed.tensor import DTensor
 from torchtitan.components.metrics import TensorBoardLogger
 from torchtitan.tools import utils
@@ -56,6 +57,7 @@ def write(job_config, model_parts: list[nn.Module]) -> Path:
         "versions": {"nvfp4_titan": __version__} | {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
         "threads": torch.get_num_threads(),
+        "cuda_graphs": job_config.compile.enable and inductor.triton.cudagraphs,
         "datasets": {key: list(value) for key, value in datasets.items()},
         "corpus_sha256": {key: made.sha256 for key, made in corpora.items() if made},
         "tokenizer_sha256": corpus.file_sha256(tokenizer) if tokenizer.is_file() else None,

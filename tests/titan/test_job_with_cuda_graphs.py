@@ -1,5 +1,6 @@
 """A job with inductor's CUDA graphs: validation, checkpoints and losses as without."""
 
+import json
 import os
 import subprocess
 import sys
@@ -31,5 +32,6 @@ def losses(folder, graphs):
 @pytest.mark.gpu
 def test_a_job_with_graphs_has_the_losses_of_one_without(tmp_path):
     training, validation = losses(tmp_path / "graphs", "1")
+    assert json.loads((tmp_path / "graphs" / "run_record.json").read_text())["cuda_graphs"]
     assert list(training) == [1, 2, 3, 4, 5, 6] and list(validation) == [1, 2, 4, 6]
     assert [training, validation] == losses(tmp_path / "plain", "0")

@@ -45,7 +45,7 @@ def test_validation_and_record(train, single_rank):
     assert len(record["tokenizer_sha256"]) == 64
     assert record["versions"]["torchtitan"] == "0.2.2"
     assert record["config"]["nvfp4"]["recipe"] == "nvfp4"
-    assert record["initial_weights"] > 0
+    assert record["initial_weights"] > 0 and record["cuda_graphs"] is False
     entries = json.loads((single_rank / "out" / "conversion.json").read_text())["entries"]
     assert {e["recipe"] for e in entries if e["converted"]} == {"nvfp4"}
 
