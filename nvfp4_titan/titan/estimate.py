@@ -19,6 +19,7 @@ Needs no GPU and must see none: torchtitan then takes the CPU for its device.
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -297,11 +298,18 @@ def _experts_compiled_here():
     torchtitan compiles it for the whole process: what an earlier job compiled would run its code on
     tensors without values, and what is compiled here would run in later jobs.
     """
-    function = moe_module._run_experts_grouped_mm
-    if function.__name__.endswith("_dynamic"):  # around the compiled one, for expert parallelism
-        (cell,) = function.__closure__
-        function = cell.cell_contents
-    return patch.object(moe_module, "_run_experts_grouped_mm", innermost_fn(function))
+    return patch.object(moe_module, "_run_experts_grouped_mm", _uncompiled_experts())
+
+
+def _uncompiled_experts():
+    """The function of experts, out of what earlier jobs have wrapped around it."""
+    wrapped, function = None, moe_module._run_experts_grouped_mm
+    while wrapped is not function:
+        wrapped = function
+        function = innermost_fn(function)
+        # With expert parallelism another function is around the compiled one.
+        function = inspect.getclosurevars(function).nonlocals.get("compiled_fn", function)
+    return function
 
 
 def local_bytes(model: nn.Module) -> int:

@@ -209,15 +209,17 @@ def test_an_estimate_neither_uses_nor_leaves_compiled_experts(tmp_path):
     from torchtitan.models.moe import moe
 
     job, name = config("deepseek_v3", tmp_path), "_run_experts_grouped_mm"
-    plain, expected = getattr(moe, name), activations(job, "model")
-    assert getattr(moe, name) is plain
+    as_it_was, expected = getattr(moe, name), activations(job, "model")
+    assert getattr(moe, name) is as_it_was
     # As torchtitan does it: for the whole process, with expert parallelism in another function.
-    compiled_fn = torch.compile(plain, backend=lambda graph, inputs: pytest.fail("ran"))
+    compiled_fn = torch.compile(as_it_was, backend=lambda graph, inputs: pytest.fail("ran"))
 
-    def _run_experts_grouped_mm_dynamic(*args):
-        return compiled_fn(*args)
+    def in_another(*args):
+        torch._dynamo.mark_dynamic(args[3], 0)
+        return compiled_fn(*args), job
 
-    for earlier in (compiled_fn, _run_experts_grouped_mm_dynamic):
+    twice = torch.compile(in_another, backend="eager")
+    for earlier in (compiled_fn, in_another, twice):
         with patch.object(moe, name, earlier):
             assert activations(job, "model") == expected
             assert getattr(moe, name) is earlier
