@@ -283,7 +283,7 @@ class WrappingExperts:
         }
 
     def change_keys(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Round every converted weight's gradients with change(key) from now on."""
+        """Give every converted weight change(key) for its SR key from now on."""
         self._converted = {
             name: (change(key), options) for name, (key, options) in self._converted.items()
         }
