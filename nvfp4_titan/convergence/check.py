@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from .launch import REQUEST, Job, OutOfTime, check_config
 from .progress import Progress
-from .recipes import CONTROL
+from .recipes import CONTROL, machine_options
 from .runs import Run, read_run
 from .slots import Slots, attempt, run_jobs
 from .variants import Variant
@@ -81,7 +81,13 @@ class Plan:
             "--checkpoint.keep_latest_k=2",
         )
         folder = self.folder / f"{variant.name}_seed{seed}"
-        return Job(self.config, folder, options, keep_checkpoints=False)
+        return Job(
+            self.config,
+            folder,
+            options,
+            keep_checkpoints=False,
+            machine_options=tuple(machine_options(variant.recipe)),
+        )
 
     def steps(self) -> int | None:
         """Training steps of a run, for the time left; None where only torchtitan knows."""

@@ -52,14 +52,16 @@ class Job:
         folder: Its dump folder, of its own.
         options: torchtitan's options.
         keep_checkpoints: Whether a finished run keeps its checkpoints, of gigabytes.
-        environment: Variables over this process's. They are no part of the request: a run counts
-            whichever GPU it was made on.
+        machine_options: More of them, which this machine needs.
+        environment: Variables over this process's. Neither these nor the machine's options are part
+            of the request: a run counts wherever it was made.
     """
 
     config: Path
     folder: Path
     options: tuple[str, ...]
     keep_checkpoints: bool = True
+    machine_options: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def request(self) -> dict:
@@ -78,6 +80,7 @@ class Job:
             "nvfp4_titan.train",
             f"--job.config_file={self.config}",
             *self.options,
+            *self.machine_options,
             f"--job.dump_folder={self.folder}",
             "--metrics.enable_tensorboard",
             "--metrics.save_tb_folder=tb",

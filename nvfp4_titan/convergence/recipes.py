@@ -11,6 +11,7 @@ from ..recipe import get_recipe
 from .runs import Run, compare
 
 CONTROL, FLOAT8 = "bf16", "fp8"
+_CONVERTER = "quantize.linear.float8"
 ROWS = (CONTROL, FLOAT8, "mxfp8", "nvfp4_mxfp8", "nvfp4_bf16", "nvfp4")
 """Rows of the published comparison (PyTorch's FP4 QAT study on Qwen3-8B), NVFP4 QAT being
 nvfp4_bf16, and full NVFP4."""
@@ -27,10 +28,13 @@ def row_options(row: str) -> list[str]:
     if row != FLOAT8:
         get_recipe(row)
         return ["--model.converters=nvfp4", f"--nvfp4.recipe={row}"]
-    converter = "quantize.linear.float8"
-    options = [f"--model.converters={converter}", f"--{converter}.filter_fqns=output,router"]
+    return [f"--model.converters={_CONVERTER}", f"--{_CONVERTER}.filter_fqns=output,router"]
+
+
+def machine_options(row: str) -> list[str]:
+    """Options that a row needs on this machine, and another machine does without."""
     hardware = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
-    return options if hardware else [*options, f"--{converter}.emulate"]
+    return [f"--{_CONVERTER}.emulate"] if row == FLOAT8 and not hardware else []
 
 
 def table(runs: dict[str, Run]) -> dict[str, dict]:

@@ -6,7 +6,16 @@ from pathlib import Path
 from .plot import plot_losses
 from .runs import Run
 
-_FROM_RECORD = ("device", "threads", "python", "versions", "corpus_sha256", "tokenizer_sha256")
+_FROM_RECORD = (
+    "device",
+    "threads",
+    "python",
+    "versions",
+    "commit",
+    "cuda_graphs",
+    "corpus_sha256",
+    "tokenizer_sha256",
+)
 
 
 def write_results(output: Path, figures: dict, runs: dict[str, Run]) -> None:
@@ -20,7 +29,7 @@ def write_results(output: Path, figures: dict, runs: dict[str, Run]) -> None:
     record = list(runs.values())[-1].record
     result = {
         **figures,
-        **{key: record[key] for key in _FROM_RECORD},
+        **{key: record.get(key) for key in _FROM_RECORD},
         "commands": [" ".join(run.record["command"][1:]) for run in runs.values()],
         "train_loss": {name: run.train for name, run in runs.items()},
         "validation": {name: run.validation for name, run in runs.items()},

@@ -72,6 +72,7 @@ class Comparison:
                     "machine": run.record["device"],
                     "torch": run.record["versions"]["torch"],
                     "commit": run.record["commit"],
+                    "cuda_graphs": run.record["cuda_graphs"],
                 },
             )
 

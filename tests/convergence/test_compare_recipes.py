@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nvfp4_titan.convergence import Run, compare
 from nvfp4_titan.convergence.archive import pack_finished
+from nvfp4_titan.convergence.check import Plan
 from nvfp4_titan.convergence.recipes import ROWS, row_options
+from nvfp4_titan.convergence.variants import parse_variant
 from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.recipe import RECIPES
 
@@ -76,6 +79,18 @@ def test_rows_are_recipes_or_fp8():
     assert "--nvfp4.recipe=mxfp8" in row_options("mxfp8")
     with pytest.raises(ConfigError, match="use one of nvfp4"):
         row_options("fp9")
+
+
+def test_what_the_machine_needs_is_no_part_of_a_request(tmp_path, monkeypatch):
+    job = {}
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        plan = Plan(CONFIG, tmp_path, tuple(map(parse_variant, ("bf16", "fp8"))), (0,))
+        job[gpu] = plan.jobs()["fp8", 0]
+    assert job[False].request() == job[True].request()
+    emulate = "--quantize.linear.float8.emulate"
+    assert emulate in job[False].command() and emulate not in job[True].command()
 
 
 def test_a_failed_run_names_its_log(tmp_path, capsys):
