@@ -36,13 +36,13 @@ class NVFP4Converter(ModelConverter):
         self.frees_weights = _frees_weights(job_config, parallel_dims)
         self.keeps_weights = _keeps_weights(job_config, parallel_dims)
         activation_checkpoint.install()
-        for name in ("schedule", "numerics_log_freq"):
+        for name in ("schedule", "validation_recipe", "numerics_log_freq"):
             asked = getattr(self.settings, name)
             if asked and asked != [""] and not self.settings.trainer_knows_step:
                 raise UnsupportedError(
-                    f"nvfp4.{name} acts at certain steps, and a converter cannot see the step that "
-                    "a checkpoint restores: start with -m nvfp4_titan.train in place of "
-                    "-m torchtitan.train"
+                    f"nvfp4.{name} acts at certain steps, and a converter sees neither the step "
+                    "that a checkpoint restores nor a validation: start with "
+                    "-m nvfp4_titan.train in place of -m torchtitan.train"
                 )
 
     def convert(self, model: nn.Module) -> None:
@@ -225,11 +225,22 @@ def check_settings(job_config: JobConfig) -> None:
             "nvfp4.fp4_all_gather sends one quantized weight for fprop and dgrad, which needs "
             "nvfp4.weights_2d = true: set that, or fp4_all_gather = false"
         )
-    if settings.fp4_all_gather and schedule(job_config):
-        raise ConfigError(
-            "nvfp4.fp4_all_gather cannot follow an nvfp4.schedule, which changes what is gathered: "
-            "drop one of them"
-        )
+    if settings.validation_recipe:
+        resolve(settings.backend, get_recipe(settings.validation_recipe))
+        if not job_config.validation.enable:
+            raise ConfigError(
+                f"nvfp4.validation_recipe = {settings.validation_recipe!r}, but nothing is "
+                "validated: set validation.enable = true, or drop it"
+            )
+    for name, asked in (
+        ("schedule", schedule(job_config)),
+        ("validation_recipe", settings.validation_recipe),
+    ):
+        if settings.fp4_all_gather and asked:
+            raise ConfigError(
+                f"nvfp4.fp4_all_gather cannot follow nvfp4.{name}, which changes what is gathered: "
+                "drop one of them"
+            )
     if settings.numerics_log_freq < 0:
         raise ConfigError(
             f"nvfp4.numerics_log_freq = {settings.numerics_log_freq} must be a number of steps, or "

@@ -90,6 +90,12 @@ class NVFP4:
     formats of another recipe, such as "0.82:fprop=bf16". Needs -m nvfp4_titan.train.
     """
 
+    validation_recipe: str = ""
+    """
+    Recipe that converted modules run in for validation, such as "bf16": the loss of the weights as
+    they are, without quantization. Empty is the training's own. Needs -m nvfp4_titan.train.
+    """
+
     fp4_all_gather: bool = False
     """
     Whether FSDP gathers converted weights in codes and scales, a quarter of bf16's bytes, with the

@@ -36,8 +36,8 @@ _CONFIG_FILE_KEYS = ("--job.config_file", "--job.config-file")
 class NVFP4Trainer(Trainer):
     """torchtitan's Trainer that leaves a record of its run and stops when the loss is NaN.
 
-    It also carries out nvfp4.schedule and nvfp4.numerics_log_freq: before the forward it knows the
-    step, a restored one too.
+    It also carries out nvfp4.schedule, nvfp4.numerics_log_freq (before the forward it knows the
+    step, a restored one too) and nvfp4.validation_recipe.
     With checkpoints SIGTERM makes it save and end. TensorBoard gets `data/checksum`, of the tokens
     of a logged step on this rank: runs that saw the same data have the same ones.
     """
@@ -66,7 +66,8 @@ class NVFP4Trainer(Trainer):
         if job_config.validation.enable:
             if job_config.checkpoint.enable:
                 self.validator.validation_dataloader.worker_init_fn = self.stop.in_worker
-            prepare_validator(self.validator, job_config.training.steps)
+            steps = job_config.training.steps
+            prepare_validator(self.validator, steps, self.formats.validating)
         self.steps_done, self.checksum = 0, 0
 
     def train(self) -> None:
@@ -218,7 +219,9 @@ def preflight(argv: list[str], world_size: int) -> JobConfig:
 
 
 def _schedule(job_config: JobConfig, model_parts: list[torch.nn.Module]) -> FormatSchedule:
-    return FormatSchedule(model_parts, schedule(job_config), switches(job_config.nvfp4))
+    settings = job_config.nvfp4
+    options = schedule(job_config), switches(settings), settings.validation_recipe
+    return FormatSchedule(model_parts, *options)
 
 
 def _world_size(job_config: JobConfig, processes: int) -> int:

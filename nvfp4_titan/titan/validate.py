@@ -1,6 +1,8 @@
 """Validation: for models whose train spec has none, over the same tokens, without CUDA graphs."""
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from torch._inductor import config as inductor
 from torchtitan.components.validate import Validator
@@ -35,7 +37,11 @@ class RewoundLoader:
         return iter(self.loader)
 
 
-def prepare_validator(validator: Validator, steps: int) -> None:
+def prepare_validator(
+    validator: Validator,
+    steps: int,
+    formats: Callable[[], AbstractContextManager] = nullcontext,
+) -> None:
     """Have a validator take the same tokens each time, and validate at the last step too.
 
     What it compiles runs without CUDA graphs: inductor's free a block's output where the next
@@ -44,16 +50,17 @@ def prepare_validator(validator: Validator, steps: int) -> None:
     Args:
         validator: torchtitan's.
         steps: Training steps of the run.
+        formats: Makes a context that gives modules their formats for a validation.
     """
     validator.validation_dataloader = RewoundLoader(validator.validation_dataloader)
     by_frequency, validate = validator.should_validate, validator.validate
 
-    def without_graphs(*args, **kwargs) -> None:
-        with inductor.patch("triton.cudagraphs", False):
+    def prepared(*args, **kwargs) -> None:
+        with inductor.patch("triton.cudagraphs", False), formats():
             validate(*args, **kwargs)
 
     validator.should_validate = lambda step: step == steps or by_frequency(step)
-    validator.validate = without_graphs
+    validator.validate = prepared
 
 
 class _NoMasks:

@@ -1,11 +1,12 @@
-"""Formats that change during training: which module's GEMM runs how, from which step on.
+"""Formats that change during training: from which step on, and for validation.
 
 A switch sets attributes of converted modules; weights, optimizer and SR keys stay. What a run does
 at a step depends on the step alone, so a resumed run does the same. Modules with equal recipes get
 the same Recipe object, so that compiled layers go on sharing one graph: a switch costs one more.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -22,8 +23,10 @@ class FormatSchedule:
         model_parts: Converted models (pipeline stages), sharded and compiled or not.
         changes: Sorted by step.
         switches: Parts of recipes that are off, as `Recipe.switched` takes them.
+        validation: Recipe of what runs in `validating`; "" leaves modules as they are.
 
     Raises:
+        ConfigError: an unknown recipe.
         UnsupportedError: a module's backend lacks a format that is to come.
     """
 
@@ -32,6 +35,7 @@ class FormatSchedule:
         model_parts: Iterable[nn.Module],
         changes: Iterable[Change] = (),
         switches: dict[str, bool] | None = None,
+        validation: str = "",
     ):
         self._modules = [
             module
@@ -39,9 +43,11 @@ class FormatSchedule:
             for module in part.modules()
             if isinstance(module, NVFP4Linear | WrappingExperts)
         ]
+        switches = switches or {}
         self._pending = [
-            (change, get_recipe(change.recipe).switched(**(switches or {}))) for change in changes
+            (change, get_recipe(change.recipe).switched(**switches)) for change in changes
         ]
+        self._validation = get_recipe(validation).switched(**switches) if validation else None
         self._check()
 
     def before_step(self, step: int) -> list[Change]:
@@ -57,6 +63,21 @@ class FormatSchedule:
             due.append(change)
         return due
 
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        """Have the modules run in validation's recipe; after it in what they ran in before."""
+        if self._validation is None:
+            yield
+            return
+        before = [[recipe for recipe, _ in m.recipes().values()] for m in self._modules]
+        self._change(lambda recipe: self._validation)
+        try:
+            yield
+        finally:
+            # The very objects: compiled graphs are guarded by identity.
+            for module, recipes in zip(self._modules, map(iter, before), strict=True):
+                module.change_recipe(lambda recipe, recipes=recipes: next(recipes))
+
     def _change(self, function: Callable[[Recipe], Recipe]) -> None:
         changed: dict[Recipe, Recipe] = {}
 
@@ -70,6 +91,8 @@ class FormatSchedule:
     def _check(self) -> None:
         for module in self._modules:
             for recipe, backend in module.recipes().values():
+                if self._validation is not None:
+                    resolve(backend, self._validation)
                 for change, other in self._pending:
                     recipe = recipe.with_gemm(change.gemm, other)
                     resolve(backend, recipe)

@@ -1,6 +1,7 @@
 """nvfp4.schedule through torchtitan's trainer: exact before the switch, and across a resume."""
 
 import pytest
+from support import logged_scalars
 
 from nvfp4_titan.errors import ConfigError, UnsupportedError
 
@@ -34,12 +35,44 @@ def test_exact_before_the_switch_and_across_a_resume(train, single_rank):
         assert resumed == {step: whole[step] for step in range(restored + 1, 6)}
 
 
-@pytest.mark.parametrize("option", [SCHEDULE, "--nvfp4.numerics_log_freq=1"])
-def test_a_trainer_that_does_not_know_the_step_is_refused(option, single_rank):
+VALIDATION = (
+    "--validation.enable", "--validation.dataset=stdlib_validation", "--validation.steps=2",
+    "--validation.freq=2", "--validation.local_batch_size=2", "--validation.seq_len=64",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_validation_in_another_recipe(train, single_rank):
+    # Without learning all runs validate the same weights.
+    options = (*DEBUG, *VALIDATION, "--training.steps=2", "--optimizer.lr=0")
+    variants = {
+        "nvfp4": [],
+        "as_bf16": ["--nvfp4.validation_recipe=bf16"],
+        "bf16": ["--nvfp4.recipe=bf16"],
+    }
+    trained = {name: train(*options, *more, folder=name) for name, more in variants.items()}
+    losses = {
+        name: logged_scalars(single_rank / name, "validation_metrics/loss") for name in variants
+    }
+    assert list(losses["bf16"]) == [1, 2] and losses["as_bf16"] == losses["bf16"]
+    assert losses["nvfp4"] != losses["bf16"]
+    # The step after the first validation is as it would be without one.
+    assert trained["as_bf16"] == trained["nvfp4"] != trained["bf16"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [SCHEDULE],
+        ["--nvfp4.numerics_log_freq=1"],
+        ["--nvfp4.validation_recipe=bf16", "--validation.enable"],
+    ],
+)
+def test_a_trainer_that_does_not_know_the_step_is_refused(options, single_rank):
     from torchtitan.config import ConfigManager
     from torchtitan.train import Trainer
 
-    argv = [*DEBUG, option, "--job.custom_config_module=nvfp4_titan.titan.job_config"]
+    argv = [*DEBUG, *options, "--job.custom_config_module=nvfp4_titan.titan.job_config"]
     config = ConfigManager().parse_args([*argv, f"--job.dump_folder={single_rank}"])
     with pytest.raises(UnsupportedError, match="-m nvfp4_titan.train"):
         Trainer(config)
@@ -51,6 +84,9 @@ def test_a_trainer_that_does_not_know_the_step_is_refused(option, single_rank):
         ("--nvfp4.schedule=0.5:fprop", "of the form"),
         ("--nvfp4.schedule=5:fprop=bf16", "never reached"),
         ("--nvfp4.recipe=bf16", "nothing to change"),
+        ("--nvfp4.validation_recipe=bf16", "nothing is validated"),
+        ("--nvfp4.validation_recipe=fp9", "use one of nvfp4"),
+        ("--nvfp4.fp4_all_gather", "cannot follow nvfp4.schedule"),
     ],
 )
 def test_checked_before_anything_starts(option, fragment, tmp_path, monkeypatch):

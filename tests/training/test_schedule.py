@@ -92,6 +92,41 @@ def test_experts_change_too():
     assert torch.equal(results[0], plain.moe.experts(x, COUNTS))
 
 
+def test_validation_in_another_recipe():
+    model = Model()
+    convert(model, rules=["*w2=mxfp8"], backend="reference")
+    plain = Model()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(32, 32)
+
+    def run(m):
+        return m.moe.experts(x, COUNTS)
+
+    def recipes(m):
+        return {
+            (path, name): recipe
+            for path, module in m.named_modules()
+            for name, (recipe, _) in getattr(module, "recipes", dict)().items()
+        }
+
+    before, outputs = recipes(model), run(model)
+    assert len(set(before.values())) == 2
+    schedule = FormatSchedule([model], validation="bf16")
+    with pytest.raises(KeyboardInterrupt), schedule.validating():
+        assert torch.equal(run(model), run(plain))
+        raise KeyboardInterrupt
+    after = recipes(model)
+    assert before.keys() == after.keys() and all(before[k] is after[k] for k in before)
+    assert torch.equal(run(model), outputs) and not torch.equal(outputs, run(plain))
+    with FormatSchedule([model]).validating():
+        assert torch.equal(run(model), outputs)
+    backend = replace(BACKENDS["reference"], formats=frozenset({"nvfp4"}))
+    model = nn.Sequential(nn.Linear(32, 32))
+    convert(model, backend=backend)
+    with pytest.raises(UnsupportedError, match="lacks the formats mxfp8"):
+        FormatSchedule([model], validation="mxfp8")
+
+
 def test_a_format_that_the_backend_lacks_is_refused_at_the_start():
     backend = replace(BACKENDS["reference"], formats=frozenset({"nvfp4"}))
     model = nn.Sequential(nn.Linear(32, 32))
@@ -119,6 +154,15 @@ def test_compiled_layers_share_one_more_graph():
         for layer, function in zip(layers, compiled, strict=True):
             expected = linear(x, layer.weight, layer.bias, recipe=layer.recipe, backend="reference")
             assert torch.equal(function(x), expected)
+        assert len(compiles) == graphs
+    validation = FormatSchedule([layers], validation="mxfp8")
+    for graphs in (3, 3):  # a validation costs one, and the training's is there after it
+        with validation.validating():
+            for layer, function in zip(layers, compiled, strict=True):
+                expected = linear(x, layer.weight, layer.bias, recipe="mxfp8", backend="reference")
+                assert torch.equal(function(x), expected)
+        for function in compiled:
+            function(x)
         assert len(compiles) == graphs
 
 
