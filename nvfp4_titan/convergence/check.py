@@ -8,12 +8,11 @@ failed run does not stop the others: it is an error in the end, and never a pass
 
 import json
 import time
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConfigError
-from .launch import REQUEST, Job, OutOfTime, check_config
+from .launch import REQUEST, Job, OutOfTime, read_config
 from .progress import Progress
 from .recipes import CONTROL, machine_options
 from .runs import Run, read_run
@@ -45,7 +44,7 @@ class Plan:
     checkpoint_interval: int = 500
 
     def __post_init__(self):
-        check_config(self.config)
+        read_config(self.config)
         if not self.variants or self.variants[0].recipe != CONTROL:
             raise ConfigError(f"the first variant must be the control, {CONTROL}")
         names = [variant.name for variant in self.variants]
@@ -91,7 +90,7 @@ class Plan:
 
     def steps(self) -> int | None:
         """Training steps of a run, for the time left; None where only torchtitan knows."""
-        steps = tomllib.loads(self.config.read_text()).get("training", {}).get("steps")
+        steps = read_config(self.config).get("training", {}).get("steps")
         for i, option in enumerate(self.options):
             name, _, value = option.partition("=")
             if name == "--training.steps":

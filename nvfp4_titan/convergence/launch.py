@@ -1,8 +1,8 @@
 """Jobs that survive interruptions: started through `python -m nvfp4_titan.train`, gone on with.
 
-A job's folder holds request.json (TOML's hash, options, number of processes) beside its dump. A job
-that has finished with the same request is not run again, on whatever machine it was; one that was
-cut off goes on from its last checkpoint, or begins anew where it has none.
+A job's folder holds request.json (hash of what its TOML says, options, number of processes) beside
+its dump. A job that has finished with the same request is not run again, on whatever machine it
+was; one that was cut off goes on from its last checkpoint, or begins anew where it has none.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,14 +34,18 @@ class OutOfTime(UserError):
     """The time limit ended before all jobs did; the same command goes on."""
 
 
-def check_config(config: Path) -> None:
-    """Check that a job's TOML is there, before anything runs.
+def read_config(config: Path) -> dict:
+    """A job's TOML.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not there, or no TOML.
     """
     if not config.is_file():
         raise ConfigError(f"config file {config} is not there: see train_configs/")
+    try:
+        return tomllib.loads(config.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {config} is not valid TOML: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,10 @@ class Job:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def request(self) -> dict:
-        """What must agree for a finished run to count."""
+        """What must agree for a finished run to count; of the TOML what it says, not how."""
+        said = json.dumps(read_config(self.config), sort_keys=True, default=str)
         return {
-            "config_sha256": hashlib.sha256(self.config.read_bytes()).hexdigest(),
+            "config_sha256": hashlib.sha256(said.encode()).hexdigest(),
             "options": list(self.options),
             "ngpu": os.environ.get("NGPU", "1"),
         }

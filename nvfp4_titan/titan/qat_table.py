@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..convergence.launch import Job, OutOfTime, check_config
+from ..convergence.launch import Job, OutOfTime, read_config
 from ..convergence.runs import Run, read_run
 from ..deploy.table import TableOptions
 from .evaluate import evaluate
@@ -42,7 +42,7 @@ class Comparison:
     deadline: float | None = None
 
     def __post_init__(self):
-        check_config(self.config)
+        read_config(self.config)
 
     def parts(self, recipes: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
         """Train, finalize and evaluate: (recipe, its part of the table) as each is done.
