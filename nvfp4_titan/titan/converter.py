@@ -1,7 +1,6 @@
 """The `nvfp4` model converter: settings to `convert`, checked before anything is built."""
 
 from torch import distributed, nn
-from torch._inductor import config as inductor
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.moe import utils as moe_utils
@@ -104,9 +103,7 @@ def check_cuda_graphs(job_config: JobConfig, parallel_dims: ParallelDims) -> Non
         UnsupportedError: a step has several microbatches. A replayed backward writes its gradients
             where the last one's are, and torch says nothing.
     """
-    compiled = job_config.compile.enable and "model" in job_config.compile.components
-    graphs = compiled and inductor.triton.cudagraphs
-    if graphs and _has_microbatches(job_config, parallel_dims):
+    if record.uses_cuda_graphs(job_config) and _has_microbatches(job_config, parallel_dims):
         raise UnsupportedError(
             "with inductor's CUDA graphs a microbatch's gradients overwrite those of the one "
             "before: unset TORCHINDUCTOR_CUDAGRAPHS, or have one microbatch a step "
@@ -132,7 +129,7 @@ def convert_by_settings(model: nn.Module, settings) -> Report:
     """Convert a whole model in place as an [nvfp4] section says.
 
     Raises:
-        ConfigError: a setting that cannot be used, or a schedule without a converted module.
+        ConfigError: a setting that cannot be used, or nothing converted that it could change.
         UnsupportedError: the backend cannot run here.
     """
     report = convert(
@@ -146,10 +143,14 @@ def convert_by_settings(model: nn.Module, settings) -> Report:
         seed=settings.seed,
         **switches(settings),
     )
-    if any(settings.schedule) and not report.converted:
-        raise ConfigError(
-            f"nvfp4.schedule has nothing to change: recipe {settings.recipe!r} converts no module"
-        )
+    for name, asked in (
+        ("schedule", any(settings.schedule)),
+        ("validation_recipe", settings.validation_recipe),
+    ):
+        if asked and not report.converted:
+            raise ConfigError(
+                f"nvfp4.{name} has nothing to change: recipe {settings.recipe!r} converts no module"
+            )
     return report
 
 

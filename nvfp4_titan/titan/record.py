@@ -57,7 +57,7 @@ def write(job_config, model_parts: list[nn.Module]) -> Path:
         "versions": {"nvfp4_titan": __version__} | {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
         "threads": torch.get_num_threads(),
-        "cuda_graphs": job_config.compile.enable and inductor.triton.cudagraphs,
+        "cuda_graphs": uses_cuda_graphs(job_config),
         "datasets": {key: list(value) for key, value in datasets.items()},
         "corpus_sha256": {key: made.sha256 for key, made in corpora.items() if made},
         "tokenizer_sha256": corpus.file_sha256(tokenizer) if tokenizer.is_file() else None,
@@ -91,13 +91,24 @@ def write_tokens_per_expert(job_config, model_parts: list[nn.Module]) -> Path | 
     Returns:
         Path of `tokens_per_expert.json`; None for a model without experts.
     """
+    counts = {name: count.tolist() for name, count in token_counts(model_parts).items()}
+    return _write(job_config, EXPERTS_FILE, counts) if counts else None
+
+
+def token_counts(model_parts: list[nn.Module]) -> dict[str, torch.Tensor]:
+    """Counts of the tokens that experts got, torchtitan's buffers themselves, by MoE layer."""
     buffers = (item for part in model_parts for item in part.named_buffers())
-    counts = {
-        name.removesuffix(f".{_COUNTS}"): buffer.tolist()
+    return {
+        name.removesuffix(f".{_COUNTS}"): buffer
         for name, buffer in buffers
         if name.endswith(_COUNTS)
     }
-    return _write(job_config, EXPERTS_FILE, counts) if counts else None
+
+
+def uses_cuda_graphs(job_config) -> bool:
+    """Whether inductor's CUDA graphs run the model's compiled parts."""
+    compiled = job_config.compile.enable and "model" in job_config.compile.components
+    return bool(compiled and inductor.triton.cudagraphs)
 
 
 @torch.no_grad()

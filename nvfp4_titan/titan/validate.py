@@ -1,11 +1,15 @@
-"""Validation: for models whose train spec has none, over the same tokens, without CUDA graphs."""
+"""Validation: for models whose train spec has none, over the same tokens, without side effects."""
 
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
+from torch import nn
 from torch._inductor import config as inductor
 from torchtitan.components.validate import Validator
+
+from .record import token_counts
 
 
 class PlainAttentionValidator(Validator):
@@ -44,6 +48,10 @@ def prepare_validator(
 ) -> None:
     """Have a validator take the same tokens each time, and validate at the last step too.
 
+    Training goes on as if there had been none: torchtitan counts the tokens that validation sends
+    to experts among the next step's, whose balance it corrects by them, and a run that resumes
+    has lost those. After the last step they stay, for the record.
+
     What it compiles runs without CUDA graphs: inductor's free a block's output where the next
     compiled block is called and no backward is to come, and that output is this call's input.
 
@@ -55,9 +63,15 @@ def prepare_validator(
     validator.validation_dataloader = RewoundLoader(validator.validation_dataloader)
     by_frequency, validate = validator.should_validate, validator.validate
 
-    def prepared(*args, **kwargs) -> None:
+    def prepared(model_parts: list[nn.Module], step: int) -> None:
+        counts = token_counts(model_parts)
+        before = [count.clone() for count in counts.values()]
         with inductor.patch("triton.cudagraphs", False), formats():
-            validate(*args, **kwargs)
+            validate(model_parts, step)
+        if step != steps:
+            with torch.no_grad():
+                for count, kept in zip(counts.values(), before, strict=True):
+                    count.copy_(kept)
 
     validator.should_validate = lambda step: step == steps or by_frequency(step)
     validator.validate = prepared

@@ -117,6 +117,23 @@ def test_odd_sizes_of_deepseek_convert():
 
 
 @pytest.mark.slow
+def test_validation_leaves_training_alone(train):
+    """torchtitan corrects the balance of experts by validation's tokens, too."""
+    options = (
+        "--model.name=deepseek_v3", "--model.flavor=debugmodel", "--model.converters=nvfp4",
+        "--training.dataset=stdlib", "--training.steps=5", "--lr_scheduler.warmup_steps=1",
+    )  # fmt: skip
+    validation = (
+        "--validation.enable", "--validation.dataset=stdlib_validation", "--validation.steps=1",
+        "--validation.freq=2", "--validation.local_batch_size=2", "--validation.seq_len=64",
+    )  # fmt: skip
+    without = train(*options, folder="without")
+    assert train(*options, *validation, folder="with") == without
+    recipe = "--nvfp4.validation_recipe=bf16"
+    assert train(*options, *validation, recipe, folder="as_bf16") == without
+
+
+@pytest.mark.slow
 def test_expert_parallel_run(tmp_path):
     """Two processes over gloo, EP=2 with FSDP, a checkpoint, and a resumed run."""
     argv = [
