@@ -129,12 +129,12 @@ class NVFP4Trainer(Trainer):
             DivergedError: the loss is NaN or infinite on a step that is logged or saved, or a
                 weight on one that is saved.
         """
-        for change in self.formats.before_step(self.step):
-            logger.info(f"From step {change.first_step} on: {change.gemm} as in {change.recipe}")
         restored = self.step - 1
         if not self.steps_done and restored and self._validates(restored):
             # The run may have died between its checkpoint and the validation of that step.
+            self._change_formats(restored)
             self.validator.validate(self.model_parts, restored)
+        self._change_formats(self.step)
         self.step_loss, self.checksum = 0.0, 0
         with self.numerics.step(self.step, self.metrics_processor):
             super().train_step(data_iterator)
@@ -162,6 +162,10 @@ class NVFP4Trainer(Trainer):
             )
         if saves:
             record.flush(self.metrics_processor)
+
+    def _change_formats(self, step: int) -> None:
+        for change in self.formats.before_step(step):
+            logger.info(f"From step {change.first_step} on: {change.gemm} as in {change.recipe}")
 
     def _validates(self, step: int) -> bool:
         return self.job_config.validation.enable and self.validator.should_validate(step)

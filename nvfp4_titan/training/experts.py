@@ -311,7 +311,8 @@ class WrappingExperts:
             name: (key, replace(options, recipe=change(options.recipe)))
             for name, (key, options) in self._converted.items()
         }
-        self.kept_weights = None if self.kept_weights is None else {}
+        if self.kept_weights is not None:  # an attribute that comes or goes has graphs recompiled
+            self.kept_weights = {}
 
     def __getattr__(self, name: str):
         value = super().__getattr__(name)

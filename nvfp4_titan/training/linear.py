@@ -226,7 +226,8 @@ class NVFP4Linear(nn.Linear):
     def change_recipe(self, change: Callable[[Recipe], Recipe]) -> None:
         """Run in change(recipe) from now on."""
         self.recipe = change(self.recipe)
-        self.kept_weights = None if self.kept_weights is None else {}
+        if self.kept_weights is not None:  # an attribute that comes or goes has graphs recompiled
+            self.kept_weights = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N); see `linear`."""

@@ -101,7 +101,7 @@ def untrack_weights(model: nn.Module) -> None:
 
 
 def invalidate_weights(model: nn.Module) -> None:
-    """Tell a tracked model that its weights changed; on all ranks alike."""
+    """Tell a tracked model that its weights changed, by `.data` or in place; on all ranks alike."""
     getattr(model, _STATE).fresh = False
 
 

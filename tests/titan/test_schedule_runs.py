@@ -3,6 +3,7 @@
 import pytest
 from support import logged_scalars
 
+from nvfp4_titan.convergence.runs import VALIDATION_LOSS
 from nvfp4_titan.errors import ConfigError, UnsupportedError
 
 DEBUG = (
@@ -14,31 +15,35 @@ DEBUG = (
     "--lr_scheduler.warmup_steps=2",
     "--lr_scheduler.total_steps=5",
 )
-SCHEDULE = "--nvfp4.schedule=0.6:fprop=bf16"
-CHECKPOINT = ("--checkpoint.enable", "--checkpoint.interval=2", "--checkpoint.keep_latest_k=0",
+SCHEDULE = "--nvfp4.schedule=0.4:fprop=bf16"
+CHECKPOINT = ("--checkpoint.enable", "--checkpoint.interval=1", "--checkpoint.keep_latest_k=0",
               "--checkpoint.no-last-save-model-only")  # fmt: skip
+
+VALIDATION = (
+    "--validation.enable", "--validation.dataset=stdlib_validation", "--validation.steps=2",
+    "--validation.freq=1", "--validation.local_batch_size=2", "--validation.seq_len=64",
+)  # fmt: skip
 
 
 @pytest.mark.slow
 def test_exact_before_the_switch_and_across_a_resume(train, single_rank):
     without = train(*DEBUG, folder="without")
-    whole = train(*DEBUG, SCHEDULE, *CHECKPOINT, folder="whole")
+    options = (*DEBUG, *VALIDATION, SCHEDULE, *CHECKPOINT)
+    whole = train(*options, folder="whole")
     assert list(whole) == [1, 2, 3, 4, 5]
-    # 0.6 of 5 steps: the first three run as without it, the fourth is the first to differ.
-    assert [whole[step] == without[step] for step in whole] == [True, True, True, False, False]
+    # 0.4 of 5 steps: the first two run as without it, the third is the first to differ.
+    assert [whole[step] == without[step] for step in whole] == [True, True, False, False, False]
+    validated = logged_scalars(single_rank / "whole", VALIDATION_LOSS)
     checkpoints = single_rank / "whole" / "checkpoint"
-    for restored in (2, 4):  # before the switch, and after it
+    for restored in (1, 2, 4):  # before the switch, at it, and after it
         target = single_rank / f"resumed{restored}" / "checkpoint"
         target.mkdir(parents=True)
         (checkpoints / f"step-{restored}").rename(target / f"step-{restored}")
-        resumed = train(*DEBUG, SCHEDULE, *CHECKPOINT, folder=f"resumed{restored}")
+        resumed = train(*options, folder=f"resumed{restored}")
         assert resumed == {step: whole[step] for step in range(restored + 1, 6)}
-
-
-VALIDATION = (
-    "--validation.enable", "--validation.dataset=stdlib_validation", "--validation.steps=2",
-    "--validation.freq=2", "--validation.local_batch_size=2", "--validation.seq_len=64",
-)  # fmt: skip
+        # The checkpoint's own step is validated again, in the formats that it had.
+        losses = logged_scalars(single_rank / f"resumed{restored}", VALIDATION_LOSS)
+        assert losses == {step: validated[step] for step in range(restored, 6)}
 
 
 @pytest.mark.slow
@@ -51,9 +56,7 @@ def test_validation_in_another_recipe(train, single_rank):
         "bf16": ["--nvfp4.recipe=bf16"],
     }
     trained = {name: train(*options, *more, folder=name) for name, more in variants.items()}
-    losses = {
-        name: logged_scalars(single_rank / name, "validation_metrics/loss") for name in variants
-    }
+    losses = {name: logged_scalars(single_rank / name, VALIDATION_LOSS) for name in variants}
     assert list(losses["bf16"]) == [1, 2] and losses["as_bf16"] == losses["bf16"]
     assert losses["nvfp4"] != losses["bf16"]
     # The step after the first validation is as it would be without one.
@@ -83,7 +86,7 @@ def test_a_trainer_that_does_not_know_the_step_is_refused(options, single_rank):
     [
         ("--nvfp4.schedule=0.5:fprop", "of the form"),
         ("--nvfp4.schedule=5:fprop=bf16", "never reached"),
-        ("--nvfp4.recipe=bf16", "nothing to change"),
+        ("--nvfp4.recipe=bf16", "schedule has nothing to change"),
         ("--nvfp4.validation_recipe=bf16", "nothing is validated"),
         ("--nvfp4.validation_recipe=fp9", "use one of nvfp4"),
         ("--nvfp4.fp4_all_gather", "cannot follow nvfp4.schedule"),

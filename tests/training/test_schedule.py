@@ -155,15 +155,27 @@ def test_compiled_layers_share_one_more_graph():
             expected = linear(x, layer.weight, layer.bias, recipe=layer.recipe, backend="reference")
             assert torch.equal(function(x), expected)
         assert len(compiles) == graphs
-    validation = FormatSchedule([layers], validation="mxfp8")
-    for graphs in (3, 3):  # a validation costs one, and the training's is there after it
-        with validation.validating():
-            for layer, function in zip(layers, compiled, strict=True):
-                expected = linear(x, layer.weight, layer.bias, recipe="mxfp8", backend="reference")
-                assert torch.equal(function(x), expected)
-        for function in compiled:
-            function(x)
-        assert len(compiles) == graphs
+
+
+def test_a_validation_costs_one_graph():
+    torch._dynamo.reset()
+    layer = NVFP4Linear(32, 32, backend="reference")
+    compiles = []
+
+    def backend(graph, inputs):
+        compiles.append(graph)
+        return graph
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    x = torch.randn(16, 32, requires_grad=True)
+    schedule = FormatSchedule([layer], validation="mxfp8")
+    y = compiled(x)
+    for _ in range(2):
+        with schedule.validating():
+            expected = linear(x, layer.weight, layer.bias, recipe="mxfp8", backend="reference")
+            assert torch.equal(compiled(x), expected)
+        assert torch.equal(compiled(x), y)
+        assert len(compiles) == 2
 
 
 def test_rules_in_conflict():
