@@ -3,8 +3,12 @@
 Runs made on a machine that keeps nothing travel in it, and count elsewhere as if made there.
 """
 
+import gzip
+import io
 import json
+import shutil
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,23 +92,34 @@ def unpack(archive: Path, folder: Path) -> list[str]:
         ConfigError: the file is no archive of runs.
     """
     try:
-        with tarfile.open(archive) as tar:
+        # Whole, which checks its sum: of a damaged one tarfile reads the runs before the damage.
+        content = io.BytesIO(gzip.decompress(archive.read_bytes()))
+        with tarfile.open(fileobj=content) as tar:
             members = tar.getmembers()
             names = {member.name.partition("/")[0] for member in members}
             taken = sorted(name for name in names if not _finished(folder / name))
             chosen = [m for m in members if m.name.partition("/")[0] in taken]
-            for member in chosen:
+            _check_names(chosen, folder)
+            for name in taken:
+                shutil.rmtree(folder / name, ignore_errors=True)  # an unfinished run's events
+            # The request last: what says that a run has finished.
+            for member in sorted(chosen, key=lambda m: m.name.endswith(f"/{REQUEST}")):
                 _write(tar, member, folder)
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise ConfigError(f"{archive} cannot be read as an archive of runs: {error}") from error
     return taken
 
 
-def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+def _check_names(members: Iterable[tarfile.TarInfo], folder: Path) -> None:
     # As extractall(filter="data") does, which Python has from 3.11.4 on.
-    target = (folder / member.name).resolve()
-    if not member.isfile() or not target.is_relative_to(folder.resolve()):
-        raise tarfile.TarError(f"{member.name} is no file of a run")
+    for member in members:
+        target = (folder / member.name).resolve()
+        if not member.isfile() or folder.resolve() not in target.parent.parents:
+            raise tarfile.TarError(f"{member.name} is no file of a run")
+
+
+def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    target = folder / member.name
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(tar.extractfile(member).read())
 

@@ -16,7 +16,7 @@ from .launch import REQUEST, Job, OutOfTime, read_config
 from .progress import Progress
 from .recipes import CONTROL, machine_options
 from .runs import Run, read_run
-from .slots import Slots, attempt, run_jobs
+from .slots import Slots, attempt, check_time_limit, run_jobs
 from .variants import Variant
 from .verdict import Thresholds, Verdict, judge, noise
 
@@ -94,7 +94,10 @@ class Plan:
         for i, option in enumerate(self.options):
             name, _, value = option.partition("=")
             if name == "--training.steps":
-                steps = int(value or self.options[i + 1])
+                value = value or next(iter(self.options[i + 1 :]), "")
+                if not value.isdecimal():
+                    raise ConfigError(f"--training.steps {value!r} is no number of steps")
+                steps = int(value)
         return steps
 
 
@@ -125,11 +128,14 @@ def run_all(plan: Plan, slots: Slots, time_limit: float | None = None) -> Found:
 
     Raises:
         OutOfTime: the time limit came first.
-        ConfigError: a folder holds something else, or a GPU is not there.
+        ConfigError: a folder holds something else, a GPU is not there, or the limit is too short
+            for anything.
     """
     deadline = None if time_limit is None else time.monotonic() + time_limit
     jobs, found = plan.jobs(), Found()
     todo = {key: job for key, job in jobs.items() if not job.finished()}
+    if todo:
+        check_time_limit(time_limit)
     made = run_jobs(todo, slots, deadline, Progress(plan.steps(), len(todo))) if todo else {}
     if left := len(todo) - len(made):
         raise OutOfTime(f"{left} of {len(jobs)} runs are left: start again to go on")
@@ -162,10 +168,12 @@ def _check_request(job: Job) -> None:
     if not asked.is_file():
         raise ConfigError(f"{job.folder} is not there: the run is missing")
     content = json.loads(asked.read_text())
-    if content["options"] != list(job.options):
-        raise ConfigError(f"{job.folder} was run with other options: {content['options']}")
     if not content.get("finished"):
         raise ConfigError(f"{job.folder} has not finished")
+    # However many processes this shell would start: what they saw is compared (runs.py).
+    if differing := [key for key in job.differing(content) if key != "ngpu"]:
+        asked = ", ".join(f"{key} {content.get(key)}" for key in differing)
+        raise ConfigError(f"{job.folder} was run with other {asked}: ask for the same")
 
 
 def verdicts(plan: Plan, found: Found, limits: Thresholds) -> dict[str, Verdict | str]:

@@ -106,15 +106,18 @@ class Job:
                 )
             return False
         content = json.loads(asked.read_text())
-        if not content.pop("finished", False):
+        if not content.get("finished"):
             return False
-        if content != self.request():
-            differing = [key for key, value in self.request().items() if content.get(key) != value]
+        if differing := self.differing(content):
             raise ConfigError(
                 f"{self.folder} holds a finished run with other {', '.join(differing)}: remove it, "
                 "use another folder, or ask for the same"
             )
         return True
+
+    def differing(self, asked: dict) -> list[str]:
+        """What a request.json asks for that this job does not."""
+        return [key for key, value in self.request().items() if asked.get(key) != value]
 
     def run(
         self,

@@ -7,6 +7,7 @@ linear but the lm head and routers, the last blocks too). They run as a check's 
 
 import torch
 
+from ..errors import ConfigError
 from ..recipe import get_recipe
 from .runs import Run, compare
 
@@ -41,11 +42,12 @@ def table(runs: dict[str, Run]) -> dict[str, dict]:
     """Figures of each row, against the first.
 
     Raises:
-        ConfigError: runs that did not see the same data.
+        ConfigError: runs that did not see the same data, or whose times cannot be compared.
     """
     control = next(iter(runs.values()))
     rows = {}
     for name, run in runs.items():
+        _check_machine(name, run, control)
         figures = compare(control, run)
         rows[name] = {
             "seconds_per_step": run.seconds_per_step,
@@ -58,6 +60,23 @@ def table(runs: dict[str, Run]) -> dict[str, dict]:
             "flops_share": run.conversion["flops_share"] if run.conversion else None,
         }
     return rows
+
+
+def _check_machine(name: str, run: Run, control: Run) -> None:
+    machines = [
+        {
+            "device": r.record["device"],
+            "torch": r.record["versions"]["torch"],
+            "CUDA graphs": r.record.get("cuda_graphs", False),
+        }
+        for r in (control, run)
+    ]
+    for key, value in machines[0].items():
+        if machines[1][key] != value:
+            raise ConfigError(
+                f"step times of {name} and the control cannot be compared: {key} {value} and "
+                f"{machines[1][key]}; run both alike, in folders that hold neither"
+            )
 
 
 def format_table(rows: dict[str, dict]) -> str:

@@ -82,6 +82,19 @@ class Slots:
             raise ConfigError(f"torch sees no GPU {', '.join(missing)}: see nvidia-smi -L for ids")
 
 
+def check_time_limit(seconds: float | None) -> None:
+    """Check that a time limit leaves time for anything.
+
+    Raises:
+        ConfigError: no job would start.
+    """
+    if seconds is not None and seconds <= _LEAST_SECONDS:
+        raise ConfigError(
+            f"--time-limit {seconds:g}: no run starts with {_LEAST_SECONDS} seconds left or less; "
+            "give more"
+        )
+
+
 def run_jobs(
     jobs: Mapping[Hashable, Job], slots: Slots, deadline: float | None, progress: Progress
 ) -> dict[Hashable, Run | ConfigError]:

@@ -24,7 +24,27 @@ def test_a_run_travels_and_one_that_is_there_stays(tmp_path):
     assert (runs / "a" / REQUEST).read_text() == '{"finished": true}' and "own" in kept.read_text()
 
 
-@pytest.mark.parametrize("name", ["../outside/x", "/tmp/../outside/x"])
+def test_a_run_takes_the_place_of_an_unfinished_one(tmp_path):
+    archive, runs = tmp_path / "runs.tar.gz", tmp_path / "elsewhere"
+    pack([finished(tmp_path / "a")], archive)
+    events = runs / "a" / "tb" / "1" / "events.out.tfevents.9.x.1.0"
+    events.parent.mkdir(parents=True)
+    events.write_text("of another run")
+    (runs / "a" / REQUEST).write_text("{}")
+    assert unpack(archive, runs) == ["a"] and not events.exists()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b[:40] + b"xx" + b[42:]])
+def test_a_damaged_archive_gives_nothing(tmp_path, damage):
+    archive, runs = tmp_path / "runs.tar.gz", tmp_path / "elsewhere"
+    pack([finished(tmp_path / name) for name in "abc"], archive)
+    archive.write_bytes(damage(archive.read_bytes()))
+    with pytest.raises(ConfigError, match="archive of runs"):
+        unpack(archive, runs)
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize("name", ["../outside/x", "/tmp/../outside/x", "loose"])
 def test_nothing_is_written_outside(tmp_path, name):
     archive, runs = tmp_path / "runs.tar.gz", tmp_path / "runs"
     with tarfile.open(archive, "w:gz") as tar:

@@ -74,8 +74,8 @@ def test_a_check_from_end_to_end(tmp_path, monkeypatch, capsys):
         return script().main(argv)
 
     # Too little time to start anything.
-    assert check(runs, "--time-limit=20") == 3
-    assert "3 of 3 runs are left" in capsys.readouterr().err
+    assert check(runs, "--time-limit=20") == 2 and not runs.exists()
+    assert "no run starts with 60 seconds left or less" in capsys.readouterr().err
     plan = Plan(CONFIG, runs, tuple(map(parse_variant, variants)), (0,), (), run_options, 10)
     job = plan.jobs()["bf16", 0]
 
@@ -123,6 +123,7 @@ def test_a_check_from_end_to_end(tmp_path, monkeypatch, capsys):
     (carried / "nvfp4_seed0").rename(carried / "mxfp8_seed0")
     variants[1] = "mxfp8"
     assert check(carried, "--no-launch") == 1
+    assert "was run with other options" in output.with_suffix(".md").read_text()
     assert check(carried) == 2
     assert "other options" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from nvfp4_titan.convergence import Run, compare
 from nvfp4_titan.convergence.archive import pack_finished
 from nvfp4_titan.convergence.check import Plan
-from nvfp4_titan.convergence.recipes import ROWS, row_options
+from nvfp4_titan.convergence.recipes import ROWS, _check_machine, row_options
 from nvfp4_titan.convergence.variants import parse_variant
 from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.recipe import RECIPES
@@ -79,6 +80,22 @@ def test_rows_are_recipes_or_fp8():
     assert "--nvfp4.recipe=mxfp8" in row_options("mxfp8")
     with pytest.raises(ConfigError, match="use one of nvfp4"):
         row_options("fp9")
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        ({"device": "B"}, "device A and B"),
+        ({"versions": {"torch": "3"}}, "torch 2 and 3"),
+        ({"cuda_graphs": True}, "CUDA graphs False and True"),
+    ],
+)
+def test_step_times_of_two_machines_are_not_compared(change, fragment):
+    record = {"device": "A", "versions": {"torch": "2"}}
+    runs = [SimpleNamespace(record=r) for r in (record, record | change)]
+    with pytest.raises(ConfigError, match=f"step times of nvfp4 .*{fragment}"):
+        _check_machine("nvfp4", runs[1], runs[0])
+    _check_machine("nvfp4", runs[0], runs[0])
 
 
 def test_what_the_machine_needs_is_no_part_of_a_request(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from nvfp4_titan.convergence.check import Plan, run_all
 from nvfp4_titan.convergence.launch import Job, OutOfTime
 from nvfp4_titan.convergence.slots import Slots
 from nvfp4_titan.convergence.variants import parse_variant
+from nvfp4_titan.errors import ConfigError
 
 PAIR = ("bf16_seed0", "nvfp4_seed0")
 
@@ -70,7 +71,7 @@ def test_a_failure_does_not_stop_the_others(tmp_path, use, capsys):
 def test_a_time_limit_stops_all_and_the_next_call_goes_on(tmp_path, use, monkeypatch, capsys):
     use(UNTIL_STOPPED)
     two = Slots(("0", "1"))
-    with pytest.raises(OutOfTime, match="4 of 4 runs are left"):
+    with pytest.raises(ConfigError, match="--time-limit 30: no run starts"):
         run_all(plan(tmp_path, (0, 1)), two, 30)
     assert not starts(tmp_path)
     monkeypatch.setattr(slots, "_LEAST_SECONDS", 0)
@@ -81,6 +82,8 @@ def test_a_time_limit_stops_all_and_the_next_call_goes_on(tmp_path, use, monkeyp
     assert "nvfp4_seed0 was stopped" in capsys.readouterr().out
     use(START)
     assert len(run_all(plan(tmp_path, (0, 1)), two).runs) == 4
+    monkeypatch.setattr(slots, "_LEAST_SECONDS", 60)
+    assert len(run_all(plan(tmp_path, (0, 1)), two, 30).runs) == 4  # nothing is left to start
     assert {name: len(of) for name, of in starts(tmp_path).items()} == {
         "bf16_seed0": 2, "nvfp4_seed0": 2, "bf16_seed1": 1, "nvfp4_seed1": 1,
     }  # fmt: skip
