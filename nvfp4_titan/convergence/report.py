@@ -103,8 +103,19 @@ def markdown(
             f"| {name} | {len(verdict.gaps)} | {_losses(verdict.losses)} | {verdict.gap:+.2%} "
             f"| {bounds} | {gaps} | {spikes} | {verdict.outcome}: {'; '.join(verdict.reasons)} |"
         )
-    lines += ["", *_courses(verdicts), *switches(plan, verdicts, run.steps), *_experts(verdicts)]
+    lines += ["", *_courses(verdicts), *switches(plan, verdicts, run.steps)]
+    lines += [*_validated(plan, found), *_experts(verdicts)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _validated(plan: Plan, found: Found) -> list[str]:
+    """Which variants' losses are not those of the formats that they trained in."""
+    lines = []
+    for variant in plan.variants[1:]:
+        settings = [run.record["config"].get("nvfp4", {}) for run in found.of(variant).values()]
+        for recipe in sorted({s.get("validation_recipe", "") for s in settings} - {""}):
+            lines.append(f"- {variant.name}: validated in {recipe}")
+    return [*lines, ""] if lines else []
 
 
 def _losses(losses: dict[int, float]) -> str:

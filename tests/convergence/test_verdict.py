@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from nvfp4_titan.convergence.check import Plan
-from nvfp4_titan.convergence.report import switches
+from nvfp4_titan.convergence.check import Found, Plan
+from nvfp4_titan.convergence.report import _validated, switches
 from nvfp4_titan.convergence.runs import Run, read_scalars
 from nvfp4_titan.convergence.variants import ABLATIONS, parse_variant
 from nvfp4_titan.convergence.verdict import (
@@ -122,6 +122,17 @@ def test_a_run_that_diverges_fails_whatever_its_validation():
     assert verdict.outcome == "fail" and "diverged" in " ".join(verdict.reasons)
     lasting = verdict_of([0.0], train=lambda step: 1.2)
     assert lasting.outcome == "fail"
+
+
+def test_another_recipe_in_validation_is_said(tmp_path):
+    variants = tuple(map(parse_variant, ("bf16", "nvfp4", "mine=nvfp4")))
+    (tmp_path / "job.toml").touch()
+    plan = Plan(tmp_path / "job.toml", tmp_path, variants, (0,))
+    found = Found({(v.name, 0): made() for v in variants})
+    assert _validated(plan, found) == []
+    config = found.runs["mine", 0].record["config"]
+    config["nvfp4"] = {"validation_recipe": "bf16"}
+    assert _validated(plan, found)[0] == "- mine: validated in bf16"
 
 
 def test_ablations_are_reported():
