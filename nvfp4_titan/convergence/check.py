@@ -47,6 +47,11 @@ class Plan:
         read_config(self.config)
         if not self.variants or self.variants[0].recipe != CONTROL:
             raise ConfigError(f"the first variant must be the control, {CONTROL}")
+        if not self._validates():
+            raise ConfigError(
+                f"validation losses are compared, and the jobs have none: set validation.enable in "
+                f"{self.config}, or give -- --validation.enable"
+            )
         names = [variant.name for variant in self.variants]
         if len(set(names)) < len(names) or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"a variant or a seed is named twice: {names}, seeds {self.seeds}")
@@ -54,6 +59,13 @@ class Plan:
             raise ConfigError(f"the control has no seeds {sorted(missing)}: add them to --seeds")
         if not self.seeds:
             raise ConfigError("give at least one seed")
+
+    def _validates(self) -> bool:
+        names = [option.partition("=")[0] for option in self.options]
+        given = [n for n in names if n in ("--validation.enable", "--validation.no-enable")]
+        if given:
+            return given[-1] == "--validation.enable"
+        return bool(read_config(self.config).get("validation", {}).get("enable"))
 
     def seeds_of(self, variant: Variant) -> tuple[int, ...]:
         """Seeds that a variant is run with."""

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from .runs import Run, read_run
 
 REQUEST, LOG = "request.json", "log.txt"
 _CHECKPOINTS = "checkpoint"
+_ERROR = re.compile(rb"^error: (.*)$", re.MULTILINE)
 _STEP = re.compile(rb"step:\s+(\d+)\s.*?loss:\s+(\S+)")
 _POLL_SECONDS, _TAIL_BYTES = 0.2, 20_000
 _GRACE_SECONDS = 120
@@ -162,7 +164,7 @@ class Job:
 
     def _execute(self, deadline: float | None, watch: Callable[[int, str], None]) -> None:
         path = self.folder / LOG
-        print(" ".join(self.command()[1:]), flush=True)
+        print(shlex.join(self.command()), flush=True)
         with path.open("ab") as log:
             begin = log.tell()
             # In a session of its own: Ctrl-C reaches it as a request to save.
@@ -186,7 +188,8 @@ class Job:
         if stopped:
             raise OutOfTime(f"{self.folder.name} was stopped at its time limit")
         if process.returncode:
-            raise ConfigError(f"the run of {self.folder.name} failed: see {path}")
+            reason = _last_error(path, begin)
+            raise ConfigError(f"the run of {self.folder.name} failed: {reason}see {path}")
 
 
 def last_step(log: Path, begin: int = 0) -> tuple[int, str]:
@@ -195,6 +198,14 @@ def last_step(log: Path, begin: int = 0) -> tuple[int, str]:
         lines.seek(max(begin, log.stat().st_size - _TAIL_BYTES))
         found = _STEP.findall(lines.read())
     return (int(found[-1][0]), found[-1][1].decode()) if found else (0, "")
+
+
+def _last_error(log: Path, begin: int) -> str:
+    """The last line of ours that says what was wrong, from a byte on; "" for none."""
+    with log.open("rb") as lines:
+        lines.seek(max(begin, log.stat().st_size - _TAIL_BYTES))
+        found = _ERROR.findall(lines.read())
+    return f"{found[-1].decode(errors='replace').strip()}; " if found else ""
 
 
 def _end(process: subprocess.Popen) -> None:

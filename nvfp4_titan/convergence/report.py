@@ -19,9 +19,16 @@ _ABOUT = ("device", "python", "versions", "corpus_sha256", "tokenizer_sha256")
 
 
 def passed(verdicts: dict[str, Verdict | str]) -> bool:
-    """Whether every judged variant passed and no run is missing or broken."""
+    """Whether a variant was judged, every judged one passed, and no run is missing or broken."""
     outcomes = [v if isinstance(v, str) else v.outcome for v in verdicts.values()]
-    return all(outcome in (PASS, REPORTED) for outcome in outcomes)
+    return PASS in outcomes and all(outcome in (PASS, REPORTED) for outcome in outcomes)
+
+
+def _title(verdicts: dict[str, Verdict | str]) -> str:
+    if passed(verdicts):
+        return "PASS"
+    reported = all(isinstance(v, Verdict) and v.outcome == REPORTED for v in verdicts.values())
+    return "NOTHING JUDGED" if reported else "NOT PASSED"
 
 
 def run_rows(plan: Plan, found: Found, limits: Thresholds, commit: str | None) -> list[dict]:
@@ -76,7 +83,7 @@ def markdown(
     tokens = f"{round(max(run.tokens.values())):,} tokens" if run.tokens else "tokens not recorded"
     losses = {seed: final_loss(r, limits.final_fraction) for seed, r in found.of(control).items()}
     lines = [
-        f"# Convergence of {_model(run)}: {'PASS' if passed(verdicts) else 'NOT PASSED'}",
+        f"# Convergence of {_model(run)}: {_title(verdicts)}",
         "",
         f"{config['training']['dataset']}, {run.steps} steps, {tokens} a run, on "
         f"{run.record['device']}. Gap: relative difference of the validation loss (mean over the "

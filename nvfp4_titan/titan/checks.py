@@ -8,6 +8,7 @@ from torchtitan.config import JobConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan.protocols.model_converter import _registry_model_converter_cls as CONVERTERS
 from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.logging import logger
 
 from ..errors import ConfigError, UnsupportedError
 from . import cpu_runtime
@@ -36,11 +37,14 @@ def check(job_config: JobConfig, world_size: int) -> None:
     _check_tokenizer(job_config.model)
     if "nvfp4" in job_config.model.converters:
         check_settings(job_config)
+    else:
+        _warn_of_unused(job_config)
     if "qat" in job_config.model.converters:
         check_qat(job_config)
     _check_dataset("training", job_config.training)
     if job_config.validation.enable:
         _check_dataset("validation", job_config.validation)
+    _check_checkpoint(job_config.checkpoint)
     _check_folder(job_config.job.dump_folder)
 
 
@@ -68,6 +72,21 @@ def _check_types(section, path: str = "") -> None:
             wanted, fits = _TYPES[field.type]
             if not fits(value):
                 raise ConfigError(f"{name} = {value!r} must be {wanted}")
+
+
+def _warn_of_unused(job_config: JobConfig) -> None:
+    """Say which settings of [nvfp4] do nothing, as its converter is not asked for."""
+    settings = getattr(job_config, "nvfp4", None)
+    if settings is None or os.environ.get("RANK", "0") != "0":
+        return
+    default = type(settings)()
+    names = [
+        f.name for f in fields(settings) if getattr(settings, f.name) != getattr(default, f.name)
+    ]
+    if names:
+        logger.warning(
+            f"[nvfp4] {', '.join(names)}: without effect, as model.converters has no nvfp4"
+        )
 
 
 def _check_model(model) -> None:
@@ -151,9 +170,14 @@ def _check_tokenizer(model) -> None:
         )
     file = os.path.join(path, "tokenizer.json")
     if not os.path.isfile(file):
+        if not os.listdir(path):
+            raise ConfigError(f"model.hf_assets_path {path} is empty: no tokenizer.json is in it")
         return  # torchtitan knows other kinds of files
+    try:
+        size = Tokenizer.from_file(file).get_vocab_size()
+    except Exception as error:  # the tokenizers package raises no other class
+        raise ConfigError(f"{file} cannot be read as a tokenizer: {error}") from error
     vocabulary = getattr(get_train_spec(model.name).model_args[model.flavor], "vocab_size", None)
-    size = Tokenizer.from_file(file).get_vocab_size()
     if vocabulary is not None and size > vocabulary:
         raise ConfigError(
             f"the tokenizer in {path} has {size} tokens, {model.name} {model.flavor} only "
@@ -177,6 +201,20 @@ def _check_dataset(section: str, settings) -> None:
             f"{section}.dataset_path {place} is not there: give an existing folder, or use "
             f"{section}.dataset = 'stdlib'"
         )
+
+
+def _check_checkpoint(checkpoint) -> None:
+    path = checkpoint.initial_load_path
+    if not path:
+        return
+    if not checkpoint.enable:
+        raise ConfigError(
+            f"checkpoint.initial_load_path {path} is not loaded without checkpoint.enable = true: "
+            "set it, or drop the path"
+        )
+    # Paths of other file systems (s3://..) are left to torchtitan.
+    if "://" not in path and not os.path.isdir(path):
+        raise ConfigError(f"checkpoint.initial_load_path {path} is not there")
 
 
 def _check_folder(folder: str) -> None:

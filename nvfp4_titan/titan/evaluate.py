@@ -150,7 +150,10 @@ def evaluate(
     if not (folder / "tokenizer.json").is_file():
         raise ConfigError(f"{folder} has no tokenizer.json: give its folder with --tokenizer")
     if seq_len > source.args.max_seq_len:
-        raise ConfigError(f"seq_len {seq_len} is longer than the model's {source.args.max_seq_len}")
+        raise ConfigError(
+            f"seq_len {seq_len} is longer than the model's {source.args.max_seq_len}: give "
+            f"--seq-len {source.args.max_seq_len} or less"
+        )
     total, tokens = 0.0, 0
     encoder = HuggingFaceTokenizer(str(folder))
     progress = tqdm(
@@ -165,6 +168,11 @@ def evaluate(
     if not tokens:
         raise ConfigError(f"dataset {dataset!r} gave no sequence of {seq_len} tokens")
     loss = total / tokens
+    if not math.isfinite(loss):
+        raise ConfigError(
+            f"the loss of {path} is not finite: its weights are damaged, or training diverged; "
+            "take an earlier checkpoint"
+        )
     recipe = source.config.get(OWN_KEY, {}).get("recipe") or "none"
     held = (*model.parameters(), *model.buffers())
     return {

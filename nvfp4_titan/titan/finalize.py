@@ -255,6 +255,11 @@ def _write_weights(
         # Biases of experts, which only choose, stay in fp32.
         dtype = DTYPES[options.dtype] if name.endswith(".weight") else tensor.dtype
         tensor = tensor.to(options.device, dtype)
+        if not bool(tensor.isfinite().all()):
+            raise ConfigError(
+                f"{name} of {source.path} is not finite: the checkpoint is damaged, or its "
+                "training diverged; finalize an earlier one"
+            )
         if fqn not in chosen:
             writer.add(hf.name, tensor if hf.rows is None else tensor[hf.rows.to(tensor.device)])
             continue

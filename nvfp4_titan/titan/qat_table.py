@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..convergence.launch import Job, OutOfTime, read_config
 from ..convergence.runs import Run, read_run
+from ..deploy import get_deploy_recipe
 from ..deploy.table import TableOptions
 from .evaluate import evaluate
 from .finalize import FinalizeOptions, finalize
@@ -32,7 +33,7 @@ class Comparison:
         deadline: `time.monotonic()` after which nothing new is begun; a run is saved and stopped.
 
     Raises:
-        ConfigError: the TOML is not there.
+        ConfigError: the TOML is not there, or a recipe is unknown.
     """
 
     config: Path
@@ -43,6 +44,8 @@ class Comparison:
 
     def __post_init__(self):
         read_config(self.config)
+        for recipe in self.options.recipes:
+            get_deploy_recipe(recipe)
 
     def parts(self, recipes: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
         """Train, finalize and evaluate: (recipe, its part of the table) as each is done.

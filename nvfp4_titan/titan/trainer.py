@@ -85,7 +85,7 @@ class NVFP4Trainer(Trainer):
                 super().train()
         except (CheckpointException, EOFError, pickle.UnpicklingError) as error:
             raise ConfigError(
-                f"a checkpoint cannot be read ({_first_line(error)}): check that "
+                f"a checkpoint cannot be read ({_reason(error)}): check that "
                 "checkpoint.initial_load_path or checkpoint.load_step names a whole one of this "
                 f"model (those of this run are in {folder})"
             ) from error
@@ -282,5 +282,8 @@ def _load_toml(argv: list[str]) -> dict:
         raise ConfigError(f"config file {path} is not valid TOML: {error}") from error
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """First line of what was wrong; of ranks' errors, that of the first."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
     return next(iter(str(error).splitlines()), "") or type(error).__name__

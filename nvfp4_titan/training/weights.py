@@ -32,6 +32,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..distributed import ShardedWeight, amax_in_dtypes, fsdp_records, weight_amaxes
 from ..distributed.fp4_gather import Known, attach, obstacle
+from ..errors import ConfigError
 from .experts import WrappingExperts
 from .functions import KeptWeight
 from .linear import NVFP4Linear
@@ -101,8 +102,17 @@ def untrack_weights(model: nn.Module) -> None:
 
 
 def invalidate_weights(model: nn.Module) -> None:
-    """Tell a tracked model that its weights changed, by `.data` or in place; on all ranks alike."""
-    getattr(model, _STATE).fresh = False
+    """Tell a model that its weights changed, by `.data` or in place; on all ranks alike.
+
+    Does nothing for a model that is not tracked (`track_weights`), as `convert` alone leaves it:
+    its amaxes are taken in every forward.
+
+    Raises:
+        ConfigError: a part of a tracked model: what is told must be told to the whole.
+    """
+    state = _state(model)
+    if state is not None:
+        state.fresh = False
 
 
 def refresh_weights(model: nn.Module) -> None:
@@ -110,12 +120,25 @@ def refresh_weights(model: nn.Module) -> None:
 
     No backward may be outstanding: what a forward kept may read the amaxes that it replaces.
 
-    Before the first forward, where the shards are not yet known, it is left to that forward.
+    Before the first forward, where the shards are not yet known, it is left to that forward. As
+    `invalidate_weights` for a model that is not tracked, or a part of one.
     """
-    state = getattr(model, _STATE)
+    state = _state(model)
+    if state is None:
+        return
     state.fresh = False
     if state.weights:
         _refresh(state)
+
+
+def _state(model: nn.Module) -> "_State | None":
+    state = getattr(model, _STATE, None)
+    if state is None and any(getattr(m, "weight_amaxes", None) for m in model.modules()):
+        raise ConfigError(
+            "this is a part of a model whose weights are tracked: give the whole, which "
+            "track_weights was called with"
+        )
+    return state
 
 
 def _after_load(model: nn.Module, incompatible_keys) -> None:

@@ -152,6 +152,6 @@ def test_the_plan():
 )
 def test_plans_that_make_no_sense(changes, message):
     fields = {"config": CONFIG, "folder": Path("x"), "seeds": (0,)}
-    fields["variants"] = (parse_variant("bf16"),)
+    fields["variants"] = (parse_variant("bf16"), parse_variant("nvfp4"))
     with pytest.raises(ConfigError, match=message):
         Plan(**(fields | changes))

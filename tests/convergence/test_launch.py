@@ -1,10 +1,16 @@
 """What a finished run answers: the same settings, however the TOML is written."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
+from nvfp4_titan.convergence.check import Plan
 from nvfp4_titan.convergence.launch import REQUEST, Job, read_config
+from nvfp4_titan.convergence.report import _title, passed
+from nvfp4_titan.convergence.variants import parse_variant
+from nvfp4_titan.convergence.verdict import REPORTED, Verdict
 from nvfp4_titan.errors import ConfigError
 
 
@@ -29,6 +35,38 @@ def test_a_value_counts(job):
     job.config.write_text("[training]\nsteps = 4\nseq_len = 64\n")
     with pytest.raises(ConfigError, match="finished run with other config_sha256"):
         job.finished()
+
+
+def test_a_failure_says_why(job, monkeypatch):
+    program = "import sys; print('step: 1'); sys.exit('error: rule x is wrong')"
+    monkeypatch.setattr(Job, "command", lambda job: [sys.executable, "-c", program])
+    (job.folder / REQUEST).unlink()
+    with pytest.raises(ConfigError, match="failed: rule x is wrong; see .*log.txt"):
+        job.run()
+
+
+def test_losses_to_compare(tmp_path):
+    config = tmp_path / "job.toml"
+    config.write_text("[validation]\nenable = true\n")
+    bf16, nvfp4 = map(parse_variant, ("bf16", "nvfp4"))
+    Plan(config, tmp_path, (bf16, nvfp4), (0,))
+    with pytest.raises(ConfigError, match="have none: set validation.enable"):
+        Plan(config, tmp_path, (bf16, nvfp4), (0,), options=("--validation.no-enable",))
+    config.write_text("")
+    with pytest.raises(ConfigError, match="have none: set validation.enable"):
+        Plan(config, tmp_path, (bf16, nvfp4), (0,))
+    Plan(config, tmp_path, (bf16, nvfp4), (0,), options=("--validation.enable",))
+
+
+def test_ablations_alone_are_no_pass():
+    reported = Verdict(REPORTED, (), {0: 0.0}, None, {0: 1.0}, {1: 0.0}, {0: []}, {})
+    assert not passed({"no_sr": reported}) and not passed({})
+    assert "NOTHING JUDGED" in _title({"no_sr": reported})
+
+
+def test_scripts_can_be_called():
+    scripts = [*Path(__file__).parents[2].glob("scripts/*.py")]
+    assert scripts and all(script.stat().st_mode & 0o111 for script in scripts)
 
 
 def test_what_is_no_toml(job, tmp_path):

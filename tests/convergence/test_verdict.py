@@ -126,7 +126,7 @@ def test_a_run_that_diverges_fails_whatever_its_validation():
 
 def test_another_recipe_in_validation_is_said(tmp_path):
     variants = tuple(map(parse_variant, ("bf16", "nvfp4", "mine=nvfp4")))
-    (tmp_path / "job.toml").touch()
+    (tmp_path / "job.toml").write_text("[validation]\nenable = true")
     plan = Plan(tmp_path / "job.toml", tmp_path, variants, (0,))
     found = Found({(v.name, 0): made() for v in variants})
     assert _validated(plan, found) == []
@@ -201,7 +201,7 @@ def test_later_starts_replace_what_was_lost(tmp_path):
 
 def test_gaps_around_a_switch(tmp_path):
     config = tmp_path / "a.toml"
-    config.write_text("")
+    config.write_text("[validation]\nenable = true")
     variants = tuple(map(parse_variant, ("bf16", "nvfp4", "fprop_switch")))
     plan = Plan(config, tmp_path, variants, (0,))
     course = {410: 0.02, 820: 0.015, 902: 0.01, 1000: 0.005}

@@ -204,6 +204,19 @@ def _check_bad_input(folder, source):
     with pytest.raises(ConfigError, match="is not supported"):
         evaluate(folder / "nvfp4", dataset="nothing", seq_len=64, steps=1)
 
+    damaged = folder / "damaged"
+    shutil.copytree(folder / "bf16", damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, damaged / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"layers\.2\..*weight of .*damaged is not finite"):
+        finalize(damaged, out, options)
+    with pytest.raises(ConfigError, match="the loss of .*damaged is not finite"):
+        evaluate(damaged, seq_len=64, steps=1)
+    assert not out.exists()
+    with pytest.raises(ConfigError, match="--seq-len"):
+        evaluate(folder / "nvfp4", seq_len=2**20, steps=1)
+
     # Shards of 1 MB hold the same.
     finalize(source, out, FinalizeOptions("nvfp4_weight_only", shard_bytes=2**20))
     assert len(list(out.glob("model-*.safetensors"))) > 3
@@ -266,6 +279,9 @@ def test_a_comparison_needs_its_toml(tmp_path):
 
     with pytest.raises(ConfigError, match="is not there: see train_configs"):
         Comparison(tmp_path / "no.toml", tmp_path, TableOptions())
+    (tmp_path / "job.toml").touch()
+    with pytest.raises(ConfigError, match="deploy recipe 'nvpf4' is unknown"):
+        Comparison(tmp_path / "job.toml", tmp_path, TableOptions(recipes=("nvpf4",)))
 
 
 def test_int4_packing_round_trips_as_compressed_tensors_packs():

@@ -77,6 +77,11 @@ CHECKED = {
     "unknown flavor": (["--model.flavor=9B"], "use one of debugmodel"),
     "unknown model": (["--model.name=llama9"], "is unknown"),
     "tokenizer that is not there": (["--model.hf_assets_path=/nowhere"], "is not there"),
+    "a load without checkpoints": (["--checkpoint.initial_load_path=/tmp"], "checkpoint.enable"),
+    "a checkpoint that is not there": (
+        ["--checkpoint.enable", "--checkpoint.initial_load_path=/nowhere"],
+        "is not there",
+    ),
     "frequency": (["--nvfp4.numerics_log_freq=-1"], "must be a number of steps"),
     "seq_len that is zero": (["--training.seq_len=0"], "must be positive"),
     "odd seq_len": (["--training.seq_len=37"], "multiple of 2"),
@@ -98,6 +103,32 @@ def test_checked_before_anything_starts(case, tmp_path, monkeypatch):
     argv, fragment = CHECKED[case]
     with pytest.raises(UserError, match=fragment):
         preflight([f"--job.config_file={CONFIG}", *argv], 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"), [(None, "is empty"), ("{", "cannot be read as a tokenizer")]
+)
+def test_a_broken_tokenizer(content, fragment, tmp_path, monkeypatch):
+    from nvfp4_titan.titan.trainer import preflight
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets").mkdir()
+    if content:
+        (tmp_path / "assets" / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=fragment):
+        preflight([f"--job.config_file={CONFIG}", "--model.hf_assets_path=assets"], 1)
+
+
+def test_settings_without_their_converter_are_named(tmp_path, monkeypatch, caplog):
+    from torchtitan.tools.logging import logger
+
+    from nvfp4_titan.titan.trainer import preflight
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logger, "propagate", True)
+    argv = [f"--job.config_file={CONFIG}", "--nvfp4.recipe=nvpf4", "--nvfp4.no-sr"]
+    preflight([*argv, "--model.converters", ""], 1)
+    assert "[nvfp4] recipe, sr: without effect" in caplog.text
 
 
 @pytest.mark.parametrize(

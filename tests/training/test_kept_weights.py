@@ -7,10 +7,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvfp4_titan import convert
 from nvfp4_titan.distributed import amax_in_dtypes
+from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.recipe import RECIPES
 from nvfp4_titan.training import (
     NVFP4Linear,
     grouped_mm,
+    invalidate_weights,
     linear,
     refresh_weights,
     track_weights,
@@ -216,3 +218,15 @@ def test_what_is_kept_is_counted():
     experts = KeptWeight.of(w[None], RECIPES["nvfp4"], backend, torch.float32, amax[None])
     y = grouped_mm(x, torch.zeros(1, 32, 64), offs, backend=backend, kept_weight=experts)
     assert torch.equal(y, linear(x, w, backend=backend))
+
+
+def test_who_is_told_that_weights_changed():
+    untracked = nn.Sequential(nn.Linear(32, 32))
+    convert(untracked, backend="reference")
+    for tell in (invalidate_weights, refresh_weights):
+        tell(untracked)  # nothing is known of its weights beforehand
+    model = build()
+    model(*batch(0))
+    for tell in (invalidate_weights, refresh_weights):
+        with pytest.raises(ConfigError, match="part of a model"):
+            tell(model.experts)
