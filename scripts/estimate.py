@@ -19,7 +19,7 @@ import tyro
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from nvfp4_titan.convergence.command import split_options
-from nvfp4_titan.errors import ConfigError, UserError
+from nvfp4_titan.errors import UserError
 from nvfp4_titan.titan import cpu_runtime
 
 
@@ -45,8 +45,6 @@ def main(argv: list[str]) -> int:
     from nvfp4_titan.titan.estimate import compare, format_table
 
     try:
-        if arguments.ranks < 1:
-            raise ConfigError(f"--ranks {arguments.ranks}: give 1 or more")
         found = compare(arguments.config, arguments.ranks, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

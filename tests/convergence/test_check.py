@@ -1,12 +1,11 @@
 """scripts/check_convergence.py on real runs of a tiny model, an injected fault among them."""
 
-import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
+from fake_jobs import script
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from nvfp4_titan.convergence.check import Plan, read_all
@@ -21,15 +20,6 @@ TINY = (
     "--validation.freq=15", "--metrics.log_freq=2", "--lr_scheduler.warmup_steps=5",
 )  # fmt: skip
 FAULTY = "one_sided_rht=nvfp4 --experimental.custom_import=inject"
-
-
-def script():
-    path = ROOT / "scripts" / "check_convergence.py"
-    spec = importlib.util.spec_from_file_location("check_convergence", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # tyro reads the help out of the source
-    spec.loader.exec_module(module)
-    return module
 
 
 def own_text(folder: Path) -> tuple[str, ...]:
@@ -71,7 +61,7 @@ def test_a_check_from_end_to_end(tmp_path, monkeypatch, capsys):
 
     def check(folder, *more):
         argv = [*options, f"--runs={folder}", "--variants", *variants, *more, "--", *run_options]
-        return script().main(argv)
+        return script("check_convergence").main(argv)
 
     # Too little time to start anything.
     assert check(runs, "--time-limit=20") == 2 and not runs.exists()

@@ -1,14 +1,13 @@
 """scripts/compare_recipes.py: a tiny run per row, the table, going on after an interruption."""
 
-import importlib.util
 import json
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_jobs import script
 
 from nvfp4_titan.convergence import Run, compare
 from nvfp4_titan.convergence.archive import pack_finished
@@ -27,19 +26,11 @@ TINY = [
 ]  # fmt: skip
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("script", ROOT / "scripts/compare_recipes.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # tyro reads the help out of the source
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
 def test_table_and_going_on(tmp_path, monkeypatch, capsys):
     rows = ["bf16", "fp8", "nvfp4_46"]
     argv = [str(CONFIG), f"--output={tmp_path}/result", f"--runs={tmp_path}/runs", "--rows"]
-    assert script().main([*argv, *rows, "--", *TINY]) == 0
+    assert script("compare_recipes").main([*argv, *rows, "--", *TINY]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert list(result["rows"]) == rows and len(result["commands"]) == 3
     losses = {name: row["validation_loss"] for name, row in result["rows"].items()}
@@ -68,7 +59,7 @@ def test_table_and_going_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
     argv = [*argv[:3], f"--take={archive}", f"--pack={tmp_path / 'again.tar.gz'}", "--rows"]
-    assert script().main([*argv, *rows, "--", *TINY]) == 130
+    assert script("compare_recipes").main([*argv, *rows, "--", *TINY]) == 130
     assert pack_finished(tmp_path / "none", tmp_path / "x").startswith("nothing to pack")
     assert (tmp_path / "again.tar.gz").is_file()
     assert len(started) == 1 and any("float8" in option for option in started[0])
@@ -112,7 +103,7 @@ def test_what_the_machine_needs_is_no_part_of_a_request(tmp_path, monkeypatch):
 
 def test_a_failed_run_names_its_log(tmp_path, capsys):
     argv = [str(CONFIG), "--output=x", f"--runs={tmp_path}", "--rows", "bf16", "--"]
-    assert script().main([*argv, "--training.steps=0"]) == 1
+    assert script("compare_recipes").main([*argv, "--training.steps=0"]) == 1
     assert "bf16_seed0/log.txt" in capsys.readouterr().out
     assert "must be positive" in (tmp_path / "bf16_seed0" / "log.txt").read_text()
 
@@ -127,7 +118,7 @@ def test_errors_name_the_fix(tmp_path, capsys):
         (CONFIG, ("fp9",), "use bf16, fp8"),
         (CONFIG, ("bf16",), "named twice"),
     ):
-        assert script().main([str(config), *argv, *rows]) == 2
+        assert script("compare_recipes").main([str(config), *argv, *rows]) == 2
         assert message in capsys.readouterr().err
 
 

@@ -1,26 +1,16 @@
 """The results that the docs quote follow from the event files kept beside them."""
 
-import importlib.util
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
+from fake_jobs import script
 
 ROOT = Path(__file__).parents[2]
 RESULTS, DOC = ROOT / "docs" / "results", ROOT / "docs" / "convergence.md"
 ARCHIVES = sorted(RESULTS.glob("convergence_*_runs.tar.gz"))
-
-
-def script():
-    path = ROOT / "scripts" / "check_convergence.py"
-    spec = importlib.util.spec_from_file_location("check_convergence", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # tyro reads the help out of the source
-    spec.loader.exec_module(module)
-    return module
 
 
 def quoted_command(output: Path) -> list[str]:
@@ -39,7 +29,7 @@ def test_judged_again(archive, tmp_path, monkeypatch):
     argv[argv.index("--output") + 1] = f"{tmp_path}/again"
     reading = ["--no-launch", "--take", str(archive), "--runs", f"{tmp_path}/runs"]
     own = argv.index("--")
-    status = script().main([*argv[:own], *reading, *argv[own:]])
+    status = script("check_convergence").main([*argv[:own], *reading, *argv[own:]])
     report = quoted.with_suffix(".md").read_text()
     assert (tmp_path / "again.md").read_text() == report
     assert status == (0 if ": PASS" in report else 1)
