@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConfigError
-from .launch import REQUEST, Job, OutOfTime, read_config
+from ..toml import read_toml
+from .launch import REQUEST, Job, OutOfTime
 from .progress import Progress
 from .recipes import CONTROL, machine_options
 from .runs import Run, read_run
@@ -44,10 +45,10 @@ class Plan:
     checkpoint_interval: int = 500
 
     def __post_init__(self):
-        read_config(self.config)
+        config = read_toml(self.config)
         if not self.variants or self.variants[0].recipe != CONTROL:
             raise ConfigError(f"the first variant must be the control, {CONTROL}")
-        if not self._validates():
+        if not self._validates(config):
             raise ConfigError(
                 f"validation losses are compared, and the jobs have none: set validation.enable in "
                 f"{self.config}, or give -- --validation.enable"
@@ -60,12 +61,12 @@ class Plan:
         if not self.seeds:
             raise ConfigError("give at least one seed")
 
-    def _validates(self) -> bool:
+    def _validates(self, config: dict) -> bool:
         names = [option.partition("=")[0] for option in self.options]
         given = [n for n in names if n in ("--validation.enable", "--validation.no-enable")]
         if given:
             return given[-1] == "--validation.enable"
-        return bool(read_config(self.config).get("validation", {}).get("enable"))
+        return bool(config.get("validation", {}).get("enable"))
 
     def seeds_of(self, variant: Variant) -> tuple[int, ...]:
         """Seeds that a variant is run with."""
@@ -102,7 +103,7 @@ class Plan:
 
     def steps(self) -> int | None:
         """Training steps of a run, for the time left; None where only torchtitan knows."""
-        steps = read_config(self.config).get("training", {}).get("steps")
+        steps = read_toml(self.config).get("training", {}).get("steps")
         for i, option in enumerate(self.options):
             name, _, value = option.partition("=")
             if name == "--training.steps":

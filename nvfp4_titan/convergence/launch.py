@@ -15,12 +15,12 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConfigError, UserError
+from ..toml import read_toml
 from .runs import Run, read_run
 
 REQUEST, LOG = "request.json", "log.txt"
@@ -34,20 +34,6 @@ _GRACE_SECONDS = 120
 
 class OutOfTime(UserError):
     """The time limit ended before all jobs did; the same command goes on."""
-
-
-def read_config(config: Path) -> dict:
-    """A job's TOML.
-
-    Raises:
-        ConfigError: it is not there, or no TOML.
-    """
-    if not config.is_file():
-        raise ConfigError(f"config file {config} is not there: see train_configs/")
-    try:
-        return tomllib.loads(config.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {config} is not valid TOML: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -73,7 +59,7 @@ class Job:
 
     def request(self) -> dict:
         """What must agree for a finished run to count; of the TOML what it says, not how."""
-        said = json.dumps(read_config(self.config), sort_keys=True, default=str)
+        said = json.dumps(read_toml(self.config), sort_keys=True, default=str)
         return {
             "config_sha256": hashlib.sha256(said.encode()).hexdigest(),
             "options": list(self.options),
@@ -194,18 +180,20 @@ class Job:
 
 def last_step(log: Path, begin: int = 0) -> tuple[int, str]:
     """The last step that a job's log names from a byte on, and its loss; (0, "") for none."""
-    with log.open("rb") as lines:
-        lines.seek(max(begin, log.stat().st_size - _TAIL_BYTES))
-        found = _STEP.findall(lines.read())
+    found = _STEP.findall(_tail(log, begin))
     return (int(found[-1][0]), found[-1][1].decode()) if found else (0, "")
 
 
 def _last_error(log: Path, begin: int) -> str:
     """The last line of ours that says what was wrong, from a byte on; "" for none."""
+    found = _ERROR.findall(_tail(log, begin))
+    return f"{found[-1].decode(errors='replace').strip()}; " if found else ""
+
+
+def _tail(log: Path, begin: int) -> bytes:
     with log.open("rb") as lines:
         lines.seek(max(begin, log.stat().st_size - _TAIL_BYTES))
-        found = _ERROR.findall(lines.read())
-    return f"{found[-1].decode(errors='replace').strip()}; " if found else ""
+        return lines.read()
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..convergence.launch import Job, OutOfTime, read_config
+from ..convergence.launch import Job, OutOfTime
 from ..convergence.runs import Run, read_run
 from ..deploy import get_deploy_recipe
 from ..deploy.table import TableOptions
+from ..toml import read_toml
 from .evaluate import evaluate
 from .finalize import FinalizeOptions, finalize
 
@@ -43,7 +44,7 @@ class Comparison:
     deadline: float | None = None
 
     def __post_init__(self):
-        read_config(self.config)
+        read_toml(self.config)
         for recipe in self.options.recipes:
             get_deploy_recipe(recipe)
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
-import tomli
 import torch
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
@@ -18,6 +17,7 @@ from torchtitan.train import Trainer
 from torchtitan.train import main as torchtitan_main
 
 from ..errors import ConfigError, DivergedError
+from ..toml import read_toml
 from ..training.schedule import FormatSchedule
 from . import activation_checkpoint, cpu_runtime, record
 from .checkpoints import choose_step
@@ -272,14 +272,7 @@ def _load_toml(argv: list[str]) -> dict:
         key, equals, value = arg.partition("=")
         if key in _CONFIG_FILE_KEYS:
             path = value if equals else next(iter(argv[i + 1 :]), "")
-    if path is None:
-        return {}
-    if not os.path.isfile(path):
-        raise ConfigError(f"config file {path} is not there: see train_configs/ for examples")
-    try:
-        return tomli.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} is not valid TOML: {error}") from error
+    return {} if path is None else read_toml(Path(path))
 
 
 def _reason(error: BaseException) -> str:

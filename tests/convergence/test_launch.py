@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from nvfp4_titan.convergence.check import Plan
-from nvfp4_titan.convergence.launch import REQUEST, Job, read_config
+from nvfp4_titan.convergence.launch import REQUEST, Job
 from nvfp4_titan.convergence.report import _title, passed
 from nvfp4_titan.convergence.variants import parse_variant
 from nvfp4_titan.convergence.verdict import REPORTED, Verdict
 from nvfp4_titan.errors import ConfigError
+from nvfp4_titan.toml import read_toml
 
 
 @pytest.fixture
@@ -72,6 +73,6 @@ def test_scripts_can_be_called():
 def test_what_is_no_toml(job, tmp_path):
     job.config.write_text("steps = = 3")
     with pytest.raises(ConfigError, match="not valid TOML"):
-        read_config(job.config)
+        read_toml(job.config)
     with pytest.raises(ConfigError, match="not there"):
-        read_config(tmp_path / "none.toml")
+        read_toml(tmp_path / "none.toml")
