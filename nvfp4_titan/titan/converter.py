@@ -35,9 +35,9 @@ class NVFP4Converter(ModelConverter):
         self.frees_weights = _frees_weights(job_config, parallel_dims)
         self.keeps_weights = _keeps_weights(job_config, parallel_dims)
         activation_checkpoint.install()
-        for name in ("schedule", "validation_recipe", "numerics_log_freq"):
-            asked = getattr(self.settings, name)
-            if asked and asked != [""] and not self.settings.trainer_knows_step:
+        logs = ["numerics_log_freq"] if self.settings.numerics_log_freq else []
+        for name in [*_changes(self.settings), *logs]:
+            if not self.settings.trainer_knows_step:
                 raise UnsupportedError(
                     f"nvfp4.{name} acts at certain steps, and a converter sees neither the step "
                     "that a checkpoint restores nor a validation: start with "
@@ -120,6 +120,12 @@ def schedule(job_config: JobConfig) -> tuple[Change, ...]:
     return parse_schedule(job_config.nvfp4.schedule, job_config.training.steps)
 
 
+def _changes(settings) -> list[str]:
+    """Which settings of an [nvfp4] section change formats during a run."""
+    asked = {"schedule": any(settings.schedule), "validation_recipe": settings.validation_recipe}
+    return [name for name, value in asked.items() if value]
+
+
 def switches(settings) -> dict[str, bool]:
     """Parts of recipes that an [nvfp4] section keeps or drops."""
     return {name: getattr(settings, name) for name in ("rht", "sr", "weights_2d", "tensor_scale")}
@@ -143,11 +149,8 @@ def convert_by_settings(model: nn.Module, settings) -> Report:
         seed=settings.seed,
         **switches(settings),
     )
-    for name, asked in (
-        ("schedule", any(settings.schedule)),
-        ("validation_recipe", settings.validation_recipe),
-    ):
-        if asked and not report.converted:
+    for name in _changes(settings):
+        if not report.converted:
             raise ConfigError(
                 f"nvfp4.{name} has nothing to change: recipe {settings.recipe!r} converts no module"
             )
@@ -233,11 +236,8 @@ def check_settings(job_config: JobConfig) -> None:
                 f"nvfp4.validation_recipe = {settings.validation_recipe!r}, but nothing is "
                 "validated: set validation.enable = true, or drop it"
             )
-    for name, asked in (
-        ("schedule", schedule(job_config)),
-        ("validation_recipe", settings.validation_recipe),
-    ):
-        if settings.fp4_all_gather and asked:
+    for name in _changes(settings):
+        if settings.fp4_all_gather:
             raise ConfigError(
                 f"nvfp4.fp4_all_gather cannot follow nvfp4.{name}, which changes what is gathered: "
                 "drop one of them"

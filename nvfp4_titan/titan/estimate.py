@@ -43,7 +43,7 @@ from torchtitan.protocols.train_spec import BaseModelArgs, get_train_spec
 
 from ..distributed import fsdp_records
 from ..distributed.fp4_gather import obstacle
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..training.experts import WrappingExperts
 from ..training.weights import converted_weights
 from . import activation_checkpoint, cpu_runtime
@@ -97,6 +97,8 @@ def compare(config: Path, world_size: int, options: Sequence[str]) -> dict[str, 
     Raises:
         UserError: settings that cannot be used.
     """
+    if world_size < 1:
+        raise ConfigError(f"--ranks {world_size}: give 1 or more")
     return {
         name: estimate(parse([f"--job.config_file={config}", *options, variant]), world_size)
         for name, variant in VARIANTS.items()

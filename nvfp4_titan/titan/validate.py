@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
 from torch import nn
 from torch._inductor import config as inductor
 from torchtitan.components.validate import Validator
@@ -69,9 +68,8 @@ def prepare_validator(
         with inductor.patch("triton.cudagraphs", False), formats():
             validate(model_parts, step)
         if step != steps:
-            with torch.no_grad():
-                for count, kept in zip(counts.values(), before, strict=True):
-                    count.copy_(kept)
+            for count, kept in zip(counts.values(), before, strict=True):
+                count.copy_(kept)
 
     validator.should_validate = lambda step: step == steps or by_frequency(step)
     validator.validate = prepared

@@ -255,7 +255,7 @@ def test_experts_that_fsdp_gathers_in_a_checkpointed_block_are_estimated(tmp_pat
 
 
 def test_what_is_not_estimated_is_refused(tmp_path):
-    from nvfp4_titan.titan.estimate import estimate
+    from nvfp4_titan.titan.estimate import compare, estimate
 
     job = config("llama3", tmp_path)
     job.parallelism.pipeline_parallel_degree = 2
@@ -265,3 +265,5 @@ def test_what_is_not_estimated_is_refused(tmp_path):
     job.parallelism.tensor_parallel_degree = 3
     with pytest.raises(ConfigError, match="do not fit 4 ranks"):
         estimate(job, 4)
+    with pytest.raises(ConfigError, match="--ranks 0: give 1 or more"):
+        compare(tmp_path / "job.toml", 0, ())
