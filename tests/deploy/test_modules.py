@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support import relative_error
 from torch import nn
 
 from nvfp4_titan import convert
@@ -86,6 +87,18 @@ def test_gradients_are_straight_through(recipe, dtype):
         found.append((own.grad, module[0].weight.grad))
     for ours, exact in zip(*found, strict=True):
         assert torch.cosine_similarity(ours.flatten().double(), exact.flatten().double(), 0) > 0.97
+
+
+@pytest.mark.parametrize("recipe", DEPLOY_RECIPES)
+def test_gradients_are_those_of_the_quantized_weight(recipe):
+    """dx multiplies what the forward did; the original weight is in the same direction, too."""
+    prepared = nn.Sequential(nn.Linear(K, N, bias=False))
+    prepare(prepared, recipe)
+    w, codec = prepared[0].weight.detach(), DEPLOY_RECIPES[recipe].weight
+    x, grad = torch.randn(64, K, requires_grad=True), torch.randn(64, N)
+    prepared(x).backward(grad)
+    assert relative_error(x.grad, grad @ codec.round_trip(w)) < 1e-6
+    assert relative_error(x.grad, grad @ w) > 1e-3
 
 
 def test_torchaos_float8_gradients_are_wrong():
