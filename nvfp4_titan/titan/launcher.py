@@ -7,7 +7,6 @@ keeps its traceback.
 """
 
 import os
-import socket
 import sys
 
 from torch.distributed import run as torchrun
@@ -70,16 +69,13 @@ def _workers() -> int:
 
 def single_process_environment() -> dict[str, str]:
     """What torchrun would set for a job of one process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return {
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": "0",  # the store takes a free one: nobody else must find it
     }
 
 
