@@ -63,7 +63,7 @@ class Arguments:
     report: bool = True
     """Off makes runs and judges nothing, for machines without matplotlib."""
     pack: Path | None = None
-    """Write the finished runs into this .tar.gz, however far the check got."""
+    """Write the finished runs into this .tar.gz, each as it ends, however far the check gets."""
     take: tuple[Path, ...] = ()
     """Archives of --pack to take finished runs from, made elsewhere with the same options."""
     commit: str | None = None
@@ -89,8 +89,9 @@ def _check(arguments: Arguments, options: tuple[str, ...]) -> int:
         arguments.checkpoint_interval,
     )
     slots = Slots(arguments.gpus, arguments.per_gpu)
-    with carried(arguments.runs, arguments.take, arguments.pack):
-        found = run_all(plan, slots, arguments.time_limit) if arguments.launch else read_all(plan)
+    with carried(arguments.runs, arguments.take, arguments.pack) as pack:
+        launched = arguments.launch
+        found = run_all(plan, slots, arguments.time_limit, pack) if launched else read_all(plan)
     if not arguments.report:
         return NOT_PASSED if found.errors else 0
     return _report(arguments, plan, found)

@@ -51,7 +51,8 @@ class Arguments:
     checkpoint_interval: int = 500
     """Steps between checkpoints."""
     pack: Path | None = None
-    """Write the finished runs into this .tar.gz, however far the comparison got."""
+    """Write the finished runs into this .tar.gz, each as it ends, however far the comparison
+    gets."""
     take: tuple[Path, ...] = ()
     """Archives of --pack to take finished runs from, made elsewhere with the same options."""
 
@@ -72,8 +73,8 @@ def _compare(arguments: Arguments, options: tuple[str, ...]) -> int:
         checkpoint_interval=arguments.checkpoint_interval,
     )
     slots = Slots(arguments.gpus)
-    with carried(arguments.runs, arguments.take, arguments.pack):
-        found = run_all(plan, slots, arguments.time_limit)
+    with carried(arguments.runs, arguments.take, arguments.pack) as pack:
+        found = run_all(plan, slots, arguments.time_limit, pack)
     return _report(arguments.output, found)
 
 

@@ -9,8 +9,8 @@ import json
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -62,8 +62,10 @@ def pack_finished(runs: Path, archive: Path | None) -> str:
 
 
 @contextmanager
-def carried(runs: Path, take: Iterable[Path], archive: Path | None) -> Iterator[None]:
+def carried(runs: Path, take: Iterable[Path], archive: Path | None) -> Iterator[Callable[[], None]]:
     """Take runs out of archives before, and pack what has finished after, however far it got.
+
+    Gives what packs those that have finished so far; a disk that is full then stops no run.
 
     Args:
         runs: Folder of dump folders.
@@ -73,10 +75,15 @@ def carried(runs: Path, take: Iterable[Path], archive: Path | None) -> Iterator[
     Raises:
         ConfigError: a file of `take` is no archive of runs.
     """
+
+    def pack_now() -> None:
+        with suppress(OSError):
+            pack_finished(runs, archive)
+
     for given in take:
         print(f"{given}: took {', '.join(unpack(given, runs)) or 'nothing new'}")
     try:
-        yield
+        yield pack_now
     finally:
         if packed := pack_finished(runs, archive):
             print(packed)

@@ -8,6 +8,7 @@ failed run does not stop the others: it is an error in the end, and never a pass
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,13 +132,19 @@ class Found:
         return {seed: run for (name, seed), run in self.runs.items() if name == variant.name}
 
 
-def run_all(plan: Plan, slots: Slots, time_limit: float | None = None) -> Found:
+def run_all(
+    plan: Plan,
+    slots: Slots,
+    time_limit: float | None = None,
+    ended: Callable[[], object] = lambda: None,
+) -> Found:
     """Make the runs that have not finished; read all.
 
     Args:
         plan: What.
         slots: Where.
         time_limit: Seconds after which the runs in flight are told to save and stop.
+        ended: Called when runs have ended while others are in flight.
 
     Raises:
         OutOfTime: the time limit came first.
@@ -149,7 +156,8 @@ def run_all(plan: Plan, slots: Slots, time_limit: float | None = None) -> Found:
     todo = {key: job for key, job in jobs.items() if not job.finished()}
     if todo:
         check_time_limit(time_limit)
-    made = run_jobs(todo, slots, deadline, Progress(plan.steps(), len(todo))) if todo else {}
+    progress = Progress(plan.steps(), len(todo))
+    made = run_jobs(todo, slots, deadline, progress, ended) if todo else {}
     if left := len(todo) - len(made):
         raise OutOfTime(f"{left} of {len(jobs)} runs are left: start again to go on")
     for key, job in jobs.items():

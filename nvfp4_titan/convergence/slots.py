@@ -96,7 +96,11 @@ def check_time_limit(seconds: float | None) -> None:
 
 
 def run_jobs(
-    jobs: Mapping[Hashable, Job], slots: Slots, deadline: float | None, progress: Progress
+    jobs: Mapping[Hashable, Job],
+    slots: Slots,
+    deadline: float | None,
+    progress: Progress,
+    ended: Callable[[], object] = lambda: None,
 ) -> dict[Hashable, Run | ConfigError]:
     """Run jobs in the slots, the first jobs first. A failure does not stop the others.
 
@@ -107,6 +111,7 @@ def run_jobs(
         slots: Where.
         deadline: `time.monotonic()` at which those in flight save and stop.
         progress: Told where they are.
+        ended: Called, in the main thread, when jobs have ended while others are in flight.
 
     Returns:
         What came of each job, by key; jobs that the deadline left unfinished are not in it.
@@ -121,7 +126,7 @@ def run_jobs(
         try:
             # The first jobs are dealt here, as threads start in any order.
             working = [threads.submit(work.go_on, each, work.take()) for each in environments]
-            work.look_after(working)
+            work.look_after(working, ended)
         finally:
             work.stopping = True
     if work.interrupted:
@@ -169,15 +174,19 @@ class _Work:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def look_after(self, working: list[Future]) -> None:
+    def look_after(self, working: list[Future], ended: Callable[[], object]) -> None:
         """Wait for the slots' threads, and show where they are; raises what is no job's failure."""
-        pending = set(working)
+        pending, told = set(working), 0
         while pending:
             done, pending = wait(pending, _WATCH_SECONDS, FIRST_COMPLETED)
             for slot in done:
                 slot.result()
-            if not self.stopping:
-                self._progress.show()
+            if self.stopping:
+                continue
+            self._progress.show()
+            if told < (count := len(self.outcomes)):
+                told = count
+                ended()
 
     def take(self) -> tuple[Hashable, Job] | None:
         """The next job; None where there is none, or no time for it."""
