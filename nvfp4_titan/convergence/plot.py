@@ -53,7 +53,7 @@ def plot_gaps(runs: dict[str, dict[int, Run]], title: str, path: Path) -> None:
             gaps = [
                 100 * (run.validation[step] / control[seed].validation[step] - 1) for step in own
             ]
-            lower.plot(own, gaps, label=label, **style)
+            lower.plot(own, gaps, **style)  # named in the upper half
     if len(control) > 1:
         losses = [[run.validation[step] for run in control.values()] for step in steps]
         means = [sum(values) / len(values) for values in losses]

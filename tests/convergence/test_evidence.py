@@ -27,7 +27,8 @@ def test_judged_again(archive, tmp_path, monkeypatch):
     quoted = RESULTS / archive.name.removesuffix("_runs.tar.gz")
     argv = quoted_command(quoted)
     argv[argv.index("--output") + 1] = f"{tmp_path}/again"
-    reading = ["--no-launch", "--take", str(archive), "--runs", f"{tmp_path}/runs"]
+    archives = map(str, sorted(RESULTS.glob(f"{quoted.name}_runs*.tar.gz")))
+    reading = ["--no-launch", "--take", *archives, "--runs", f"{tmp_path}/runs"]
     own = argv.index("--")
     status = script("check_convergence").main([*argv[:own], *reading, *argv[own:]])
     report = quoted.with_suffix(".md").read_text()
