@@ -5,16 +5,15 @@ Runs made on a machine that keeps nothing travel in it, and count elsewhere as i
 
 import gzip
 import io
-import json
 import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..errors import ConfigError
-from .launch import REQUEST
+from .launch import REQUEST, read_request
 
 _RECORDS = ("run_record.json", "conversion.json", "tokens_per_expert.json", "numerics.json")
 
@@ -102,11 +101,10 @@ def unpack(archive: Path, folder: Path) -> list[str]:
         # Whole, which checks its sum: of a damaged one tarfile reads the runs before the damage.
         content = io.BytesIO(gzip.decompress(archive.read_bytes()))
         with tarfile.open(fileobj=content) as tar:
-            members = tar.getmembers()
-            names = {member.name.partition("/")[0] for member in members}
-            taken = sorted(name for name in names if not _finished(folder / name))
-            chosen = [m for m in members if m.name.partition("/")[0] in taken]
-            _check_names(chosen, folder)
+            members = [member for member in tar.getmembers() if not member.isdir()]
+            runs = [_run_of(member) for member in members]
+            taken = sorted(name for name in set(runs) if not _finished(folder / name))
+            chosen = [m for m, run in zip(members, runs, strict=True) if run in taken]
             for name in taken:
                 shutil.rmtree(folder / name, ignore_errors=True)  # an unfinished run's events
             # The request last: what says that a run has finished.
@@ -117,12 +115,12 @@ def unpack(archive: Path, folder: Path) -> list[str]:
     return taken
 
 
-def _check_names(members: Iterable[tarfile.TarInfo], folder: Path) -> None:
-    # As extractall(filter="data") does, which Python has from 3.11.4 on.
-    for member in members:
-        target = (folder / member.name).resolve()
-        if not member.isfile() or folder.resolve() not in target.parent.parents:
-            raise tarfile.TarError(f"{member.name} is no file of a run")
+def _run_of(member: tarfile.TarInfo) -> str:
+    """The run's name in a member's; a name that may lead elsewhere is refused."""
+    path = PurePosixPath(member.name)
+    if not member.isfile() or path.is_absolute() or ".." in path.parts or len(path.parts) < 2:
+        raise tarfile.TarError(f"{member.name} is no file of a run")
+    return path.parts[0]
 
 
 def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
@@ -132,5 +130,4 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
 
 
 def _finished(folder: Path) -> bool:
-    asked = folder / REQUEST
-    return asked.is_file() and json.loads(asked.read_text()).get("finished", False)
+    return read_request(folder).get("finished", False)

@@ -6,7 +6,6 @@ The control comes first for each seed, so that a check that was cut short has pa
 failed run does not stop the others: it is an error in the end, and never a pass.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..toml import read_toml
-from .launch import REQUEST, Job, OutOfTime
+from .launch import Job, OutOfTime, read_request
 from .progress import Progress
 from .recipes import CONTROL, machine_options
 from .runs import Run, read_run
@@ -185,10 +184,9 @@ def read_all(plan: Plan) -> Found:
 
 
 def _check_request(job: Job) -> None:
-    asked = job.folder / REQUEST
-    if not asked.is_file():
+    content = read_request(job.folder)
+    if not content:
         raise ConfigError(f"{job.folder} is not there: the run is missing")
-    content = json.loads(asked.read_text())
     if not content.get("finished"):
         raise ConfigError(f"{job.folder} has not finished")
     # However many processes this shell would start: what they saw is compared (runs.py).

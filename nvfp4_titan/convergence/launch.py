@@ -93,7 +93,7 @@ class Job:
                     f"{self.folder} holds something else than a run: use another folder"
                 )
             return False
-        content = json.loads(asked.read_text())
+        content = read_request(self.folder)
         if not content.get("finished"):
             return False
         if differing := self.differing(content):
@@ -132,7 +132,7 @@ class Job:
                     f"{self.folder} ended before step {missing[0]}, by a signal from elsewhere: "
                     "start again to go on"
                 )
-            (self.folder / REQUEST).write_text(json.dumps(self.request() | {"finished": True}))
+            _write_request(self.folder, self.request() | {"finished": True})
         else:
             run = read_run(self.folder)
         if not self.keep_checkpoints:
@@ -141,12 +141,11 @@ class Job:
 
     def _prepare(self) -> None:
         """Keep what can be gone on with; else begin with an empty folder."""
-        asked, request = self.folder / REQUEST, self.request()
-        same = asked.is_file() and json.loads(asked.read_text()) == request
-        if not same or not any(self.folder.glob(f"{_CHECKPOINTS}/step-*")):
+        request, saved = self.request(), self.folder.glob(f"{_CHECKPOINTS}/step-*")
+        if read_request(self.folder) != request or not any(saved):
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        asked.write_text(json.dumps(request))
+        _write_request(self.folder, request)
 
     def _execute(self, deadline: float | None, watch: Callable[[int, str], None]) -> None:
         path = self.folder / LOG
@@ -176,6 +175,21 @@ class Job:
         if process.returncode:
             reason = _last_error(path, begin)
             raise ConfigError(f"the run of {self.folder.name} failed: {reason}see {path}")
+
+
+def read_request(folder: Path) -> dict:
+    """What the run in a folder was asked for, and whether it finished; {} where nothing says so."""
+    try:
+        return json.loads((folder / REQUEST).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+
+
+def _write_request(folder: Path, request: dict) -> None:
+    """Write it whole or not at all: other threads read it, and a disk may be full."""
+    unfinished = folder / f"{REQUEST}.unfinished"
+    unfinished.write_text(json.dumps(request))
+    unfinished.replace(folder / REQUEST)
 
 
 def last_step(log: Path, begin: int = 0) -> tuple[int, str]:

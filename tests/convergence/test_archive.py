@@ -44,7 +44,22 @@ def test_a_damaged_archive_gives_nothing(tmp_path, damage):
     assert not runs.exists()
 
 
-@pytest.mark.parametrize("name", ["../outside/x", "/tmp/../outside/x", "loose"])
+def test_an_archive_made_by_hand(tmp_path):
+    """Of folders, and with names that begin with "./"."""
+    archive, runs = tmp_path / "runs.tar.gz", tmp_path / "elsewhere"
+    finished(runs / "kept")
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(finished(tmp_path / "a"), "./a")
+    assert unpack(archive, runs) == ["a"] and (runs / "a" / REQUEST).is_file()
+    assert (runs / "kept" / REQUEST).is_file()
+
+
+def test_a_request_that_was_cut_off_is_no_finished_run(tmp_path):
+    (finished(tmp_path / "torn") / REQUEST).write_text('{"fini')
+    assert pack([tmp_path / "torn", finished(tmp_path / "a")], tmp_path / "x.tar.gz") == ["a"]
+
+
+@pytest.mark.parametrize("name", ["../outside/x", "/tmp/../outside/x", "/x/y", "./..", "loose"])
 def test_nothing_is_written_outside(tmp_path, name):
     archive, runs = tmp_path / "runs.tar.gz", tmp_path / "runs"
     with tarfile.open(archive, "w:gz") as tar:
