@@ -204,10 +204,11 @@ def compared(results: dict[str, dict]) -> dict[str, dict]:
     """
     figures = {}
     for name, result in results.items():
-        model, kind, *variant = name.split(" ", 2)
-        pairs = {CONTROL: f"{model} {kind} {CONTROL}"}
+        group = result.get("group", "")  # "MODEL KIND"
+        model, _, kind = group.partition(" ")
+        pairs = {CONTROL: f"{group} {CONTROL}"}
         if kind in ("CP=2", "PP=2"):
-            pairs[ONE_GPU] = f"{model} {ONE_GPU} {''.join(variant)}"
+            pairs[ONE_GPU] = f"{model} {ONE_GPU}{name.removeprefix(group)}"
         for label, other in pairs.items():
             control = results.get(other, {})
             if other == name or not (_finished(result) and _finished(control)):

@@ -32,7 +32,7 @@ class NVFP4Converter(ModelConverter):
         check_settings(job_config)
         check_cuda_graphs(job_config, parallel_dims)
         self.settings = job_config.nvfp4
-        self.frees_weights = _frees_weights(job_config, parallel_dims)
+        self.frees_weights = frees_weights(job_config, parallel_dims)
         self.keeps_weights = _keeps_weights(job_config, parallel_dims)
         activation_checkpoint.install()
         logs = ["numerics_log_freq"] if self.settings.numerics_log_freq else []
@@ -55,9 +55,7 @@ class NVFP4Converter(ModelConverter):
             keep_codes=self.settings.keep_weights != "never",
         )
         if self.frees_weights:
-            for module in model.modules():
-                if isinstance(module, NVFP4Linear | WrappingExperts):
-                    module.requantize = True
+            keep_no_codes(model)
         if has_converted_experts(self.report):
             align_token_groups()
         if not distributed.is_initialized() or distributed.get_rank() == 0:
@@ -70,7 +68,14 @@ class NVFP4Converter(ModelConverter):
             refresh_weights(part)
 
 
-def _frees_weights(job_config: JobConfig, parallel_dims: ParallelDims) -> bool:
+def keep_no_codes(model: nn.Module) -> None:
+    """Have backward quantize weights that FSDP gathers again, in place of keeping their codes."""
+    for module in model.modules():
+        if isinstance(module, NVFP4Linear | WrappingExperts):
+            module.requantize = True
+
+
+def frees_weights(job_config: JobConfig, parallel_dims: ParallelDims) -> bool:
     """Whether FSDP frees gathered weights between a layer's forward and its backward."""
     policy = job_config.parallelism.fsdp_reshard_after_forward
     reshards = policy == "always" or (policy == "default" and not parallel_dims.pp_enabled)

@@ -188,7 +188,7 @@ def _traced(job_config: JobConfig, world_size: int) -> Estimate:
         gathered=gathered,
         peak=parameters + state + tracker.peak,
         traffic=dict(tracker.traffic),
-        fp4_all_gather=less and tracker.traffic["all_gather"] - less,
+        fp4_all_gather=None if less is None else tracker.traffic["all_gather"] - less,
     )
 
 

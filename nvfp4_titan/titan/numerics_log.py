@@ -4,8 +4,8 @@ On every so many steps the step runs eagerly, whatever is compiled, and observed
 what they saw, so that parallelism of any kind is one model again.
 
 Tags: numerics/FQN/GEMM/FIGURE and numerics/FQN/GEMM/OPERAND/FIGURE (training/telemetry.py names
-them). numerics.json in the dump folder has the figures of the last observation, the lowest SQNR of
-each GEMM over all, and the warnings.
+them). numerics.json in the dump folder has the figures of the last observation, and, since the run
+was last started, the lowest SQNR of each GEMM and the warnings.
 """
 
 import json
@@ -20,8 +20,7 @@ from torchtitan.tools.logging import logger
 
 from ..training.observe import Observer, add_up
 from ..training.telemetry import Figures, figures, format_worst, insane
-
-FILE = "numerics.json"
+from .record import NUMERICS_FILE
 
 
 class NumericsLog:
@@ -79,7 +78,7 @@ class NumericsLog:
                     logger.warning(f"NVFP4 numerics, step {step}: {finding}")
 
     def close(self) -> None:
-        """Report on the whole run, on rank 0."""
+        """Report on what was seen since the start, on rank 0."""
         if not self._last or distributed.get_rank() != 0:
             return
         logger.info(
@@ -91,7 +90,7 @@ class NumericsLog:
             "lowest_sqnr_db": {f"{fqn} {what}": db for (fqn, what), db in self._lowest.items()},
             "last": {f"{fqn} {what}": values for (fqn, what), values in self._last.items()},
         }
-        (self._folder / FILE).write_text(json.dumps(content, indent=1) + "\n")
+        (self._folder / NUMERICS_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _forget_metadata_inference(pp_schedule, observer: Observer) -> None:

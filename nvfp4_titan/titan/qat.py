@@ -10,7 +10,7 @@ from ..deploy import get_deploy_recipe, prepare
 from ..errors import ConfigError, UnsupportedError
 from ..training import Report, refresh_weights, track_weights
 from . import activation_checkpoint, record
-from .converter import align_token_groups, has_converted_experts
+from .converter import align_token_groups, frees_weights, has_converted_experts, keep_no_codes
 from .families import FUSED
 
 
@@ -27,6 +27,7 @@ class QATConverter(ModelConverter):
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
         self.job_config = job_config
         check_qat(job_config)
+        self.frees_weights = frees_weights(job_config, parallel_dims)
         activation_checkpoint.install()
 
     def convert(self, model: nn.Module) -> None:
@@ -35,6 +36,8 @@ class QATConverter(ModelConverter):
         if get_deploy_recipe(self.job_config.qat.recipe).gemm is not None:
             shared = FUSED if self.job_config.qat.share_scales else ()
             track_weights(model, shared=shared)
+        if self.frees_weights:
+            keep_no_codes(model)
         if has_converted_experts(self.report):
             align_token_groups()
         if not distributed.is_initialized() or distributed.get_rank() == 0:

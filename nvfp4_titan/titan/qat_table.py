@@ -8,12 +8,13 @@ nothing but quantization. A run or an evaluation that has finished is not made a
 """
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..convergence.launch import Job, OutOfTime
+from ..convergence.launch import Job, OutOfTime, read_request
 from ..convergence.runs import Run, read_run
 from ..deploy import get_deploy_recipe
 from ..deploy.table import TableOptions
@@ -122,24 +123,31 @@ class Comparison:
             "steps": options.steps,
             "device": options.device,
         }
+        finalizing = FinalizeOptions(
+            recipe,
+            dtype=_dtype(self.folder / run),
+            calibration_dataset=options.calibration_dataset,
+            seq_len=options.seq_len,
+            device=options.device,
+        )
+        made_from = {"run": _identity(self.folder / run), "finalize": repr(finalizing)}
         done = self.folder / f"{target.name}.json"
-        if done.is_file():
-            kept = json.loads(done.read_text())
-            if kept["options"] == given:
-                return kept["result"]
-        if not target.exists():
-            finalizing = FinalizeOptions(
-                recipe,
-                dtype=_dtype(self.folder / run),
-                calibration_dataset=options.calibration_dataset,
-                seq_len=options.seq_len,
-                device=options.device,
-            )
+        kept = json.loads(done.read_text()) if done.is_file() else {}
+        if kept.get("made_from") != made_from or not target.exists():
+            shutil.rmtree(target, ignore_errors=True)
             finalize(self.folder / run, target, finalizing)
-        result = evaluate(target, **given)
-        result["model"] = target.name
-        done.write_text(json.dumps({"options": given, "result": result}))
-        return result
+            kept = {"made_from": made_from}
+            done.write_text(json.dumps(kept))
+        if kept.get("options") != given:
+            result = evaluate(target, **given) | {"model": target.name}
+            kept |= {"options": given, "result": result}
+            done.write_text(json.dumps(kept))
+        return kept["result"]
+
+
+def _identity(run: Path) -> list:
+    """What a run was asked for, and when it began: one that is made again is another."""
+    return [read_request(run), read_run(run).record["started"]]
 
 
 def _dtype(run: Path) -> str:

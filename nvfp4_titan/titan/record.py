@@ -22,14 +22,14 @@ from . import corpus
 from .datasets import dataset_corpus
 
 FILE, CONVERSION_FILE = "run_record.json", "conversion.json"
-EXPERTS_FILE = "tokens_per_expert.json"
+EXPERTS_FILE, NUMERICS_FILE = "tokens_per_expert.json", "numerics.json"
 _COUNTS = "tokens_per_expert"  # torchtitan's name for the buffer of its MoE
 PACKAGES = ("torch", "torchtitan", "torchao", "triton", "datasets", "tokenizers")
 
 
 def clear(job_config) -> None:
     """Remove the files of an earlier run in the same dump folder, which may not fit this one."""
-    for name in (FILE, CONVERSION_FILE, EXPERTS_FILE):
+    for name in (FILE, CONVERSION_FILE, EXPERTS_FILE, NUMERICS_FILE):
         Path(job_config.job.dump_folder, name).unlink(missing_ok=True)
 
 

@@ -89,7 +89,8 @@ class NVFP4Trainer(Trainer):
                 "checkpoint.initial_load_path or checkpoint.load_step names a whole one of this "
                 f"model (those of this run are in {folder})"
             ) from error
-        self.numerics.close()
+        finally:
+            self.numerics.close()  # of a training that diverges, too
         if distributed.get_rank() == 0:
             record.write_tokens_per_expert(self.job_config, self.model_parts)
 

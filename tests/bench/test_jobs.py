@@ -116,17 +116,21 @@ def test_selected_jobs_come_with_what_they_need(tmp_path):
 
 
 def test_comparisons_and_figure(tmp_path):
-    def result(losses, speed):
+    def result(losses, speed, group="llama3 CP=2"):
         fields = {"status": "ok", "tokens_per_s": speed, "peak_gib": speed / 2}
-        return fields | {"losses": losses, "group": "llama3 CP=2"}
+        return fields | {"losses": losses, "group": group}
 
+    one = "llama3 1 GPU"
     results = {
-        "llama3 1 GPU nvfp4": result({"1": 4.0, "2": 2.0}, 10),
+        "llama3 1 GPU bf16": result({"1": 4.0, "2": 2.0}, 40, one),
+        "llama3 1 GPU nvfp4": result({"1": 4.0, "2": 2.0}, 10, one),
         "llama3 CP=2 bf16": result({"1": 4.0, "2": 2.0}, 10),
         "llama3 CP=2 nvfp4": result({1: 4.0, 2: 2.2}, 5),
         "llama3 PP=2 nvfp4": {"status": "failed"},
     }
     figures = parallel.compared(results)
+    assert figures.pop("llama3 1 GPU nvfp4 against bf16")["tokens_per_s_ratio"] == 0.25
+    assert figures.pop("llama3 CP=2 bf16 against 1 GPU")["tokens_per_s_ratio"] == 0.25
     assert set(figures) == {f"llama3 CP=2 nvfp4 against {other}" for other in ("bf16", "1 GPU")}
     for figure in figures.values():
         assert figure["gap_of_last_ten_steps"] == pytest.approx(0.2 / 6)

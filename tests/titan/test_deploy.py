@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import SMALL_RUN, relative_error
+from torch import nn
 
 from nvfp4_titan.convergence.launch import Job, OutOfTime
 from nvfp4_titan.deploy import DEPLOY_RECIPES
@@ -26,6 +27,7 @@ from nvfp4_titan.deploy.table import (
 )
 from nvfp4_titan.errors import ConfigError, UnsupportedError
 from nvfp4_titan.numerics import quantize
+from nvfp4_titan.training import NVFP4Linear
 
 CONFIG = Path(__file__).parents[2] / "train_configs" / "llama3_debug.toml"
 TABLE = ("nvfp4", "int8_act_int4_weight")
@@ -104,8 +106,14 @@ def _check_table(folder, monkeypatch):
         assert qat < ptq + 0.01
         assert part["PTQ"]["recipe"] == part["QAT"]["recipe"] == recipe
         assert part["step_time_ratio"] > 0.2
-    # Called again, nothing is made again.
-    assert dict(comparison.parts(TABLE)) == parts
+    # Called again, nothing is made again; of other calibration all is finalized again, and no more.
+    marks = [path / "mark" for path in (folder / "runs").glob("final_*/")]
+    for mark in marks:
+        mark.touch()
+    assert dict(comparison.parts(TABLE)) == parts and all(mark.exists() for mark in marks)
+    other = replace(comparison, options=replace(options, calibration_dataset="stdlib_validation"))
+    assert dict(other.parts(TABLE)).keys() == parts.keys()
+    assert marks and not any(mark.exists() for mark in marks)
     assert len(made) == 2 + len(TABLE)
     with pytest.raises(OutOfTime):
         dict(replace(comparison, deadline=0.0).parts(TABLE))
@@ -299,3 +307,34 @@ def test_qat_settings_are_checked(train):
         train("--training.steps=1", "--model.converters=qat", "--qat.recipe=int3")
     with pytest.raises((ConfigError, UnsupportedError)):
         train("--training.steps=1", "--model.converters=qat", "--qat.skip=nothing")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_qat_keeps_no_codes_of_weights_that_fsdp_frees(ranks, single_rank):
+    """Whole ones would undo the sharding; gradients are the same without."""
+    from nvfp4_titan.titan.qat import QATConverter
+    from nvfp4_titan.titan.sharding import parallel_dims
+    from nvfp4_titan.titan.trainer import parse
+
+    job = parse([*SMALL_RUN, f"--job.config_file={CONFIG}", "--model.converters=qat",
+                 "--qat.recipe=nvfp4"])  # fmt: skip
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64))
+    QATConverter(job, parallel_dims(job, ranks)).convert(model)
+    converted = [module for module in model.modules() if isinstance(module, NVFP4Linear)]
+    assert [module.requantize for module in converted] == [ranks > 1] * 2
+    found = []
+    for requantize in (False, True):
+        for module in converted:
+            module.requantize = requantize
+        model.zero_grad()
+        saved = []
+        keep = lambda t, saved=saved: saved.append(t) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = model(torch.ones(8, 64).cumsum(1) / 64).square().sum()
+        loss.backward()
+        own = {p.data_ptr() for p in model.parameters()}
+        held = sum(t.nbytes for t in saved if t.data_ptr() not in own)
+        found.append((held, [p.grad for p in model.parameters()]))
+    (with_codes, grads), (without, others) = found
+    assert without < with_codes and all(map(torch.equal, grads, others))

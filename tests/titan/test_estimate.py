@@ -149,6 +149,16 @@ def test_estimates_are_what_runs_measure(measured, name, tmp_path):
             assert found["traffic"].get(kind, 0) == pytest.approx(traffic.get(kind, 0), rel=0.1)
 
 
+@pytest.mark.parametrize(("recipe", "share"), [("mxfp8", 1.0), ("nvfp4", 0.7)])
+def test_a_recipe_that_gathers_no_codes_saves_nothing(recipe, share, tmp_path, monkeypatch):
+    from nvfp4_titan.titan.estimate import estimate
+
+    monkeypatch.setitem(JOBS, "one", ("llama3", (f"--nvfp4.recipe={recipe}",)))
+    found = estimate(config("one", tmp_path), WORLD, device="cpu")
+    assert 0.2 * share < found.fp4_all_gather / found.traffic["all_gather"] <= share
+    assert (found.fp4_all_gather == found.traffic["all_gather"]) == (recipe == "mxfp8")
+
+
 @pytest.fixture
 def two_fake_ranks():
     torch.distributed.init_process_group("fake", rank=0, world_size=2)
