@@ -12,6 +12,10 @@ class ConfigError(UserError, ValueError):
     """A setting, rule, shape or file that cannot be used as given."""
 
 
+class OutOfTime(UserError):
+    """The time limit ended before all jobs did; the same command goes on."""
+
+
 class DivergedError(UserError, RuntimeError):
     """Training cannot go on: the loss is NaN or infinite."""
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import tyro
 
 from nvfp4_titan.bench import Environment, print_table, require_gpu, write
-from nvfp4_titan.errors import UserError
+from nvfp4_titan.command import reporting
 
 
+@reporting
 def main(output: Path = Path("outputs/bench_linear"), modelopt: bool = True) -> int:
     """Measure on the current GPU.
 
@@ -22,14 +23,10 @@ def main(output: Path = Path("outputs/bench_linear"), modelopt: bool = True) -> 
         output: Path of the results, without a suffix.
         modelopt: Compare with ModelOpt's fake-quant kernel too (nvidia-modelopt 0.47).
     """
-    try:
-        require_gpu()
-        from nvfp4_titan.bench.linears import bench_linear  # imports Triton
+    require_gpu()
+    from nvfp4_titan.bench.linears import bench_linear  # imports Triton
 
-        rows = bench_linear(modelopt)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    rows = bench_linear(modelopt)
     print_table(rows)
     title = sys.modules["__main__"].__doc__.splitlines()[0]
     write(rows, output, "ratio_to_bf16", title, Environment.current())

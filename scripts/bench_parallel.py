@@ -20,8 +20,8 @@ import tyro
 
 from nvfp4_titan.bench.jobs import run_jobs, select
 from nvfp4_titan.bench.parallel import DEEPSEEK, LLAMA, PLANS, Settings, compared, plot
-from nvfp4_titan.convergence.command import split_options
-from nvfp4_titan.errors import ConfigError, UserError
+from nvfp4_titan.command import reporting, split_options
+from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.titan.corpus import tokenizer_path
 
 CONFIGS = Path(__file__).parents[1] / "train_configs"
@@ -88,24 +88,21 @@ class Arguments:
         )
 
 
+@reporting
 def main(argv: list[str]) -> int:
     own, options = split_options(argv)
     arguments = tyro.cli(Arguments, args=own)
     path = arguments.output.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text())["runs"] if path.is_file() else {}
-    try:
-        plan = PLANS[arguments.plan](arguments.settings(options), arguments.folder)
-        jobs = select(plan, arguments.only)
-        for name, result in run_jobs(jobs, arguments.folder, arguments.timeout, arguments.budget):
-            speed = f", {result['tokens_per_s']:,.0f} tokens/s" if "losses" in result else ""
-            print(f"{name}: {result['status']}, {result['seconds']:.0f} s{speed}", flush=True)
-            results[name] = result
-            content = {"command": " ".join(sys.argv), "compared": compared(results)}
-            path.write_text(json.dumps(content | {"runs": results}, indent=1) + "\n")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    plan = PLANS[arguments.plan](arguments.settings(options), arguments.folder)
+    jobs = select(plan, arguments.only)
+    for name, result in run_jobs(jobs, arguments.folder, arguments.timeout, arguments.budget):
+        speed = f", {result['tokens_per_s']:,.0f} tokens/s" if "losses" in result else ""
+        print(f"{name}: {result['status']}, {result['seconds']:.0f} s{speed}", flush=True)
+        results[name] = result
+        content = {"command": " ".join(sys.argv), "compared": compared(results)}
+        path.write_text(json.dumps(content | {"runs": results}, indent=1) + "\n")
     plot(results, arguments.output.with_suffix(".png"))
     print(json.dumps(compared(results), indent=1))
     return int(any(results[job.name]["status"] != "ok" for job in jobs))

@@ -14,11 +14,12 @@ import tyro
 
 from nvfp4_titan.bench import Environment, print_table, require_gpu, write
 from nvfp4_titan.bench.training import bench_train
-from nvfp4_titan.errors import UserError
+from nvfp4_titan.command import reporting
 
 CONFIGS = Path(__file__).parents[1] / "train_configs"
 
 
+@reporting
 def main(
     output: Path = Path("outputs/bench_train"),
     folder: Path = Path("outputs/bench_train_runs"),
@@ -35,12 +36,8 @@ def main(
         steps: Training steps of a run; the first 10 are not counted.
         repeats: Runs of each; a row has their median.
     """
-    try:
-        require_gpu()
-        rows = bench_train(list(configs), folder, steps, repeats)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    require_gpu()
+    rows = bench_train(list(configs), folder, steps, repeats)
     print_table(rows)
     write(rows, output, "ratio_to_bf16", "Training, tokens per second", Environment.current())
     return 0

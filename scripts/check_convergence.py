@@ -23,9 +23,9 @@ from pathlib import Path
 
 import tyro
 
+from nvfp4_titan.command import exit_status, split_options
 from nvfp4_titan.convergence.archive import carried
 from nvfp4_titan.convergence.check import Found, Plan, read_all, run_all, verdicts
-from nvfp4_titan.convergence.command import exit_status, split_options
 from nvfp4_titan.convergence.slots import Slots
 from nvfp4_titan.convergence.variants import parse_variant
 from nvfp4_titan.convergence.verdict import Thresholds

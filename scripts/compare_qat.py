@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from nvfp4_titan.convergence.command import exit_status, split_options
+from nvfp4_titan.command import exit_status, split_options
 from nvfp4_titan.deploy.table import (
     TableOptions,
     format_tables,

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import tyro
 
+from nvfp4_titan.command import exit_status, split_options
 from nvfp4_titan.convergence.archive import carried
 from nvfp4_titan.convergence.check import Found, Plan, run_all
-from nvfp4_titan.convergence.command import exit_status, split_options
 from nvfp4_titan.convergence.recipes import ROWS, format_table, table
 from nvfp4_titan.convergence.slots import Slots
 from nvfp4_titan.convergence.variants import parse_variant

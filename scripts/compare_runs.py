@@ -10,11 +10,12 @@ from pathlib import Path
 
 import tyro
 
+from nvfp4_titan.command import reporting
 from nvfp4_titan.convergence import compare, read_run
 from nvfp4_titan.convergence.results import write_results
-from nvfp4_titan.errors import UserError
 
 
+@reporting
 def main(control: tyro.conf.Positional[Path], run: tyro.conf.Positional[Path], output: Path) -> int:
     """Compare a run's dump folder with the control's.
 
@@ -23,12 +24,8 @@ def main(control: tyro.conf.Positional[Path], run: tyro.conf.Positional[Path], o
         run: Dump folder of the run.
         output: Path of the results, without a suffix.
     """
-    try:
-        reference, other = read_run(control), read_run(run)
-        figures = compare(reference, other)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    reference, other = read_run(control), read_run(run)
+    figures = compare(reference, other)
     write_results(output, figures, {"control": reference, "run": other})
     print(json.dumps(figures, indent=1))
     return 0

@@ -18,8 +18,7 @@ import tyro
 # Before torch is imported: torchtitan must take the CPU for its device.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-from nvfp4_titan.convergence.command import split_options
-from nvfp4_titan.errors import UserError
+from nvfp4_titan.command import reporting, split_options
 from nvfp4_titan.titan import cpu_runtime
 
 
@@ -37,6 +36,7 @@ class Arguments:
     """JSON file to write, in bytes."""
 
 
+@reporting
 def main(argv: list[str]) -> int:
     own, options = split_options(argv)
     arguments = tyro.cli(Arguments, args=own)
@@ -44,11 +44,7 @@ def main(argv: list[str]) -> int:
     # Imports torchtitan, which must see the CPU runtime.
     from nvfp4_titan.titan.estimate import compare, format_table
 
-    try:
-        found = compare(arguments.config, arguments.ranks, options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = compare(arguments.config, arguments.ranks, options)
     print(format_table(found, arguments.device_gib))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 import tyro
 
-from nvfp4_titan.errors import UserError
+from nvfp4_titan.command import reporting
 from nvfp4_titan.titan import cpu_runtime
 
 
+@reporting
 def main(
     models: tyro.conf.Positional[tuple[Path, ...]],
     output: Path | None = None,
@@ -51,11 +52,7 @@ def main(
         "dtype": dtype,
         "tokenizer": tokenizer,
     }
-    try:
-        rows = {str(path): evaluate(path, **options) for path in models}
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    rows = {str(path): evaluate(path, **options) for path in models}
     print(format_table(rows))
     if output is not None:
         about = {"command": sys.argv, "device": device, "torch": torch.__version__}

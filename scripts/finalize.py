@@ -6,10 +6,11 @@ from pathlib import Path
 
 import tyro
 
-from nvfp4_titan.errors import UserError
+from nvfp4_titan.command import reporting
 from nvfp4_titan.titan import cpu_runtime
 
 
+@reporting
 def main(
     source: tyro.conf.Positional[Path],
     output: tyro.conf.Positional[Path],
@@ -50,11 +51,7 @@ def main(
         calibration_batches,
         device=device,
     )
-    try:
-        sizes = finalize(source, output, options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    sizes = finalize(source, output, options)
     print(f"{output}: {sizes}")
     return 0
 

@@ -8,22 +8,19 @@ scripts/measure_formats.py --job.config_file train_configs/llama3_debug.toml --m
 import os
 import sys
 
-from nvfp4_titan.errors import UserError
+from nvfp4_titan.command import reporting
 from nvfp4_titan.titan import cpu_runtime
-from nvfp4_titan.titan.launcher import USAGE_ERROR, single_process_environment
+from nvfp4_titan.titan.launcher import single_process_environment
 
 
+@reporting
 def main(argv: list[str]) -> int:
     cpu_runtime.install()
     from nvfp4_titan.titan.format_errors import MeasuringTrainer
     from nvfp4_titan.titan.trainer import run
 
     os.environ |= single_process_environment()
-    try:
-        run(argv, MeasuringTrainer)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
+    run(argv, MeasuringTrainer)
     return 0
 
 

@@ -10,6 +10,9 @@ LIGHT = [
     "nvfp4_titan.numerics",
     "nvfp4_titan.backends",
     "nvfp4_titan.training",
+    "nvfp4_titan.deploy",
+    "nvfp4_titan.convergence",
+    "nvfp4_titan.bench",
     "nvfp4_titan.titan",
     "nvfp4_titan.titan.launcher",
 ]

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, OutOfTime
 from ..toml import read_toml
-from .launch import Job, OutOfTime, read_request
+from .launch import Job, read_request
 from .progress import Progress
 from .recipes import CONTROL, machine_options
 from .runs import Run, read_run

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, OutOfTime
 from ..toml import read_toml
 from .runs import Run, read_run
 
@@ -30,10 +30,6 @@ _STEP = re.compile(rb"step:\s+(\d+)\s.*?loss:\s+(\S+)")
 _POLL_SECONDS, _TAIL_BYTES = 0.2, 20_000
 _GRACE_SECONDS = 120
 """How long a job that was told to stop may take to save."""
-
-
-class OutOfTime(UserError):
-    """The time limit ended before all jobs did; the same command goes on."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import Lock
 
-from ..errors import ConfigError
-from .launch import Job, OutOfTime
+from ..errors import ConfigError, OutOfTime
+from .launch import Job
 from .progress import Progress
 from .runs import Run
 

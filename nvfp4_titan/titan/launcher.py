@@ -12,24 +12,20 @@ import sys
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from ..errors import ConfigError, UserError
+from ..command import reporting
+from ..errors import ConfigError
 from . import cpu_runtime
 
-USAGE_ERROR = 2
 _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
+@reporting  # on every rank: under torchrun another's exit may end rank 0 before it speaks
 def main(argv: list[str] | None = None) -> int:
     """Train as torchtitan's command line says; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        if not all(name in os.environ for name in _TORCHRUN_VARIABLES):
-            return _start_job(argv)
-        train(argv)
-    except UserError as error:
-        # Every rank: under torchrun another rank's exit may end rank 0 before it speaks.
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return USAGE_ERROR
+    if not all(name in os.environ for name in _TORCHRUN_VARIABLES):
+        return _start_job(argv)
+    train(argv)
     return 0
 
 

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..convergence.launch import Job, OutOfTime, read_request
+from ..convergence.launch import Job, read_request
 from ..convergence.runs import Run, read_run
 from ..deploy import get_deploy_recipe
 from ..deploy.table import TableOptions
+from ..errors import OutOfTime
 from ..toml import read_toml
 from .evaluate import evaluate
 from .finalize import FinalizeOptions, finalize

@@ -14,10 +14,10 @@ from fake_jobs import CONFIG, MEET, START, UNTIL_STOPPED, starts
 
 from nvfp4_titan.convergence import progress, slots
 from nvfp4_titan.convergence.check import Plan, run_all
-from nvfp4_titan.convergence.launch import Job, OutOfTime
+from nvfp4_titan.convergence.launch import Job
 from nvfp4_titan.convergence.slots import Slots
 from nvfp4_titan.convergence.variants import parse_variant
-from nvfp4_titan.errors import ConfigError
+from nvfp4_titan.errors import ConfigError, OutOfTime
 
 PAIR = ("bf16_seed0", "nvfp4_seed0")
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support import SMALL_RUN, relative_error
 from torch import nn
 
-from nvfp4_titan.convergence.launch import Job, OutOfTime
+from nvfp4_titan.convergence.launch import Job
 from nvfp4_titan.deploy import DEPLOY_RECIPES
 from nvfp4_titan.deploy.layout import pack_int4, unpack_int4
 from nvfp4_titan.deploy.table import (
@@ -25,7 +25,7 @@ from nvfp4_titan.deploy.table import (
     read_tables,
     write_tables,
 )
-from nvfp4_titan.errors import ConfigError, UnsupportedError
+from nvfp4_titan.errors import ConfigError, OutOfTime, UnsupportedError
 from nvfp4_titan.numerics import quantize
 from nvfp4_titan.training import NVFP4Linear
 

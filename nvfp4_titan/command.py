@@ -1,0 +1,52 @@
+"""What commands share: options for every job, errors as one line, stopping, exit statuses."""
+
+import signal
+import sys
+from collections.abc import Callable
+from functools import wraps
+
+from .errors import OutOfTime, UserError
+
+USAGE, OUT_OF_TIME, INTERRUPTED = 2, 3, 130
+
+
+def split_options(argv: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """A command's own options, and those after "--", which go to every job."""
+    split = argv.index("--") if "--" in argv else len(argv)
+    return argv[:split], tuple(argv[split + 1 :])
+
+
+def reporting(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorate what returns a command's exit status.
+
+    What the user can mend becomes a line on stderr, and the status USAGE or OUT_OF_TIME.
+    """
+
+    @wraps(main)
+    def reported(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except OutOfTime as stop:
+            print(f"{stop}", file=sys.stderr)
+            return OUT_OF_TIME
+        except UserError as error:
+            # At once: a rank may be ended before its streams are flushed.
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return USAGE
+
+    return reported
+
+
+def exit_status(work: Callable[[], int]) -> int:
+    """Do the work of a command that goes on when called again; SIGTERM ends it as Ctrl-C does.
+
+    Returns:
+        What the work returns; USAGE, OUT_OF_TIME or INTERRUPTED, with a line on stderr, where it
+        did not end.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return reporting(work)()
+    except KeyboardInterrupt:
+        print("interrupted: call it again to go on", file=sys.stderr)
+        return INTERRUPTED
