@@ -154,11 +154,6 @@ class Recipe:
         return frozenset(fmt.format.name for gemm in self.gemms for fmt in (gemm.left, gemm.right))
 
     @property
-    def needs_key(self) -> bool:
-        """Whether any operand is rounded stochastically."""
-        return any("sr" in (gemm.left.rounding, gemm.right.rounding) for gemm in self.gemms)
-
-    @property
     def shares_weight_codes(self) -> bool:
         """Whether dgrad reads the codes that fprop made of w (16x16 blocks do, 1x16 do not)."""
         if self.fprop is None or self.dgrad is None:

@@ -18,6 +18,8 @@ import tyro
 # Before torch is imported: torchtitan must take the CPU for its device.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import torch
+
 from nvfp4_titan.command import reporting, split_options
 from nvfp4_titan.titan import cpu_runtime
 
@@ -43,12 +45,17 @@ def main(argv: list[str]) -> int:
     cpu_runtime.install()
     # Imports torchtitan, which must see the CPU runtime.
     from nvfp4_titan.titan.estimate import compare, format_table
+    from nvfp4_titan.titan.record import source_commit
 
     found = compare(arguments.config, arguments.ranks, options)
     print(format_table(found, arguments.device_gib))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        content = {"command": " ".join(sys.argv)}
+        content = {
+            "command": " ".join(sys.argv),
+            "torch": torch.__version__,
+            "commit": source_commit(),
+        }
         content |= {name: asdict(estimate) for name, estimate in found.items()}
         arguments.output.write_text(json.dumps(content, indent=1) + "\n")
     return 0

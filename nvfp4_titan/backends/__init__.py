@@ -54,28 +54,24 @@ def resolve(
     formats = recipe.formats if recipe else frozenset()
     if backend == "auto":
         for candidate in AUTO_ORDER:
-            if candidate in BACKENDS and _obstacle(BACKENDS[candidate], formats, device) is None:
+            if _obstacle(BACKENDS[candidate], formats, device) is None:
                 # A compiler cannot trace a log call; the eager start of a run logs it.
                 if not torch.compiler.is_compiling() and candidate not in _announced:
                     _announced.add(candidate)
                     _logger.info("NVFP4 backend 'auto' picked '%s'", candidate)
                 return BACKENDS[candidate]
+        raise UnsupportedError(f"no backend has the formats {', '.join(sorted(formats))}")
     if isinstance(backend, str):
-        if backend not in BACKEND_NAMES:
+        if backend not in BACKENDS:
             names = ", ".join(BACKEND_NAMES)
             raise ConfigError(f"backend {backend!r} is unknown: use one of {names}")
-        if backend not in BACKENDS:
-            raise UnsupportedError(
-                f"backend '{backend}' is not part of this nvfp4_titan: use backend = 'reference'"
-            )
         backend = BACKENDS[backend]
         reason = _obstacle(backend, formats, device)
     else:
         reason = _missing(backend, formats)
     if reason is not None:
-        raise UnsupportedError(
-            f"backend '{backend.name}' cannot run here: {reason}; use backend = 'reference'"
-        )
+        others = "" if backend is REFERENCE else "; use backend = 'reference'"
+        raise UnsupportedError(f"backend '{backend.name}' cannot run here: {reason}{others}")
     return backend
 
 

@@ -29,6 +29,7 @@ from .native_gemm import (
 from .native_layout import from_oracle, operand_shapes, slot_ends
 from .native_standin import STAND_IN
 from .reference import REFERENCE
+from .reference_ops import no_operand
 from .registration import fake_of, functional_op
 from .triton_ops import _groups, _module
 
@@ -96,15 +97,11 @@ def quantize(
     outputs = []
     for i, operand in enumerate(operands):
         if operand is None:
-            outputs += _nothing(t)
+            outputs += no_operand(t)
             continue
         outputs += from_oracle(operand.codes, operand.block_scale, offs, columns=i == 1)
         amaxes[i] = operand.amax
     return (*outputs, amaxes)
-
-
-def _nothing(t: torch.Tensor) -> list[torch.Tensor]:
-    return [t.new_empty(0, dtype=dtype) for dtype in (torch.uint8, torch.float8_e4m3fn)]
 
 
 @fake_of("native_quantize")
@@ -113,7 +110,7 @@ def _(t, offs, rows, cols, streams, key, amax, offset, mode):
     outputs = []
     for i, spec in enumerate((rows, cols)):
         if not spec:
-            outputs += _nothing(t)
+            outputs += no_operand(t)
             continue
         codes, scale = operand_shapes(t.shape, groups, columns=i == 1)
         outputs.append(t.new_empty(codes, dtype=torch.uint8))

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from ..errors import ConfigError
-from .training import ACTIVE, MEMORY, THROUGHPUT, read_scalars
+from .training import ACTIVE, MEMORY, THROUGHPUT, check_new, read_scalars
 
 LOSS = "loss_metrics/global_avg_loss"
 GRACE_SECONDS = 40
@@ -90,8 +90,7 @@ def run_jobs(
     Raises:
         ConfigError: the folder holds runs already.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty: give another folder for the runs")
+    check_new(folder)
     end = time.monotonic() + budget
     for job in jobs:
         left = end - time.monotonic()

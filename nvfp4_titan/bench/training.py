@@ -26,6 +26,16 @@ VARIANTS = {
 WARMUP_STEPS = 10
 
 
+def check_new(folder: Path) -> None:
+    """Check that a folder for runs holds nothing yet.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty: give another --folder for the runs")
+
+
 def options(config: Path, folder: Path, steps: int, variant: str) -> list[str]:
     """Torchtitan's command line of one run.
 
@@ -95,10 +105,11 @@ def bench_train(
         train: Trains once.
 
     Raises:
-        ConfigError: too few steps, or a run failed.
+        ConfigError: too few steps, a folder that holds something, or a run failed.
     """
     if steps <= WARMUP_STEPS:
         raise ConfigError(f"steps={steps} must be more than {WARMUP_STEPS}, which are left out")
+    check_new(folder)
     rows = []
     for config in configs:
         results: dict[str, list[dict]] = {name: [] for name in VARIANTS}

@@ -39,6 +39,11 @@ class Thresholds:
     spike: float = 0.1
     divergence: float = 0.05
 
+    def __post_init__(self):
+        for name in ("confidence", "final_fraction"):
+            if not 0 < (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name} {value:g} must be between 0 and 1, such as 0.95")
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -97,9 +102,9 @@ def check_run(run: Run) -> None:
 
 
 def final_loss(run: Run, fraction: float) -> float:
-    """Mean validation loss over the last fraction of the steps; the last one's at least."""
+    """Mean validation loss over the last fraction of the steps."""
     first = run.steps * (1 - fraction)
-    return mean(loss for step, loss in run.validation.items() if step >= min(first, run.steps))
+    return mean(loss for step, loss in run.validation.items() if step >= first)
 
 
 def noise(control: dict[int, Run], fraction: float) -> float | None:

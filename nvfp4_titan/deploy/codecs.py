@@ -165,10 +165,8 @@ def _float8(eps: float | None) -> Codec:
         codes = (x / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
         return {"codes": codes, "scale": scale}
 
-    def decode(encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
-        return (encoded["codes"].to(encoded["scale"].dtype) * encoded["scale"]).to(dtype)
-
-    return Codec("float8_token" if eps is None else "float8_row", encode, decode, type="float")
+    name = "float8_token" if eps is None else "float8_row"
+    return Codec(name, encode, _decode_groups, type="float")
 
 
 def _int8_token() -> Codec:
@@ -178,10 +176,7 @@ def _int8_token() -> Codec:
         scale = _scale(x.abs().amax(-1, keepdim=True), integers.largest, torch.finfo(x.dtype).eps)
         return {"codes": (x / scale).clamp(-128, 127).round().to(torch.int8), "scale": scale}
 
-    def decode(encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
-        return (encoded["codes"].to(encoded["scale"].dtype) * encoded["scale"]).to(dtype)
-
-    return Codec("int8_token", encode, decode, integers=integers)
+    return Codec("int8_token", encode, _decode_groups, integers=integers)
 
 
 def _mxfp4() -> Codec:

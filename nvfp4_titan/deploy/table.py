@@ -107,7 +107,7 @@ def write_tables(output: Path, tables: list[dict]) -> None:
 
 def plot_tables(output: Path, tables: list[dict]) -> None:
     """Write OUTPUT.png: a panel per table, perplexity of the three by recipe."""
-    from matplotlib.figure import Figure  # an extra that only this needs
+    from matplotlib.figure import Figure  # takes a second
 
     figure = Figure(figsize=(6, 3.2 * len(tables)), layout="constrained")
     for axes, table in zip(figure.subplots(len(tables), squeeze=False).flat, tables, strict=True):

@@ -48,11 +48,12 @@ def fault(folder: Path, *, resumable: bool = True) -> str | None:
     return None
 
 
-def newest_whole_step(folder: Path) -> tuple[int, list[str]]:
+def newest_whole_step(folder: Path, *, resumable: bool = True) -> tuple[int, list[str]]:
     """The newest step whose checkpoint is whole, and messages about the newer ones.
 
     Args:
         folder: The run's checkpoint folder.
+        resumable: As `fault` takes it.
 
     Returns:
         The step, -1 for none.
@@ -64,7 +65,7 @@ def newest_whole_step(folder: Path) -> tuple[int, list[str]]:
             steps[int(match[1])] = entry
     messages = []
     for step in sorted(steps, reverse=True):
-        reason = fault(steps[step])
+        reason = fault(steps[step], resumable=resumable)
         if reason is None:
             return step, messages
         messages.append(f"{steps[step]} is skipped: {reason}")

@@ -37,10 +37,9 @@ def check(job_config: JobConfig, world_size: int) -> None:
     _check_tokenizer(job_config.model)
     if "nvfp4" in job_config.model.converters:
         check_settings(job_config)
-    else:
-        _warn_of_unused(job_config)
     if "qat" in job_config.model.converters:
         check_qat(job_config)
+    _warn_of_unused(job_config)
     _check_dataset("training", job_config.training)
     if job_config.validation.enable:
         _check_dataset("validation", job_config.validation)
@@ -75,18 +74,23 @@ def _check_types(section, path: str = "") -> None:
 
 
 def _warn_of_unused(job_config: JobConfig) -> None:
-    """Say which settings of [nvfp4] do nothing, as its converter is not asked for."""
-    settings = getattr(job_config, "nvfp4", None)
-    if settings is None or os.environ.get("RANK", "0") != "0":
-        return
-    default = type(settings)()
-    names = [
-        f.name for f in fields(settings) if getattr(settings, f.name) != getattr(default, f.name)
-    ]
-    if names:
-        logger.warning(
-            f"[nvfp4] {', '.join(names)}: without effect, as model.converters has no nvfp4"
-        )
+    """Say which settings of a converter do nothing, as it is not asked for."""
+    for converter in ("nvfp4", "qat"):
+        settings = getattr(job_config, converter, None)
+        unused = converter not in job_config.model.converters
+        if settings is None or not unused or os.environ.get("RANK", "0") != "0":
+            continue
+        default = type(settings)()
+        names = [
+            f.name
+            for f in fields(settings)
+            if getattr(settings, f.name) != getattr(default, f.name)
+        ]
+        if names:
+            logger.warning(
+                f"[{converter}] {', '.join(names)}: without effect, as model.converters has no "
+                f"{converter}"
+            )
 
 
 def _check_model(model) -> None:
@@ -120,9 +124,10 @@ def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
         shard = world_size // others
     if min(degrees.values()) < 1 or shard < 1 or others * shard != world_size:
         given = ", ".join(f"{name} = {degree}" for name, degree in degrees.items())
+        need = others * shard if shard > 0 else f"a multiple of {others}"
         raise ConfigError(
             f"the job has {world_size} processes, but {given}, data_parallel_shard_degree = "
-            f"{p.data_parallel_shard_degree} need {others * shard}: change NGPU or the degrees"
+            f"{p.data_parallel_shard_degree} need {need}: change NGPU or the degrees"
         )
     experts = p.expert_parallel_degree * p.expert_tensor_parallel_degree
     ranks = shard * p.context_parallel_degree * p.tensor_parallel_degree

@@ -146,11 +146,10 @@ def _python_files(name: str, roots: list[str]) -> Iterator[Path]:
 def _write_corpus(folder: Path, paths: list[str], roots: list[str]) -> None:
     texts: dict[str, str] = {}
     for path in paths:
-        content = Path(path).read_bytes()
         try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError:
-            continue
+            text = Path(path).read_bytes().decode("utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue  # another user's, or no text
         if text.strip():
             texts[_digest(text)] = text
     if len(texts) < 2:

@@ -25,7 +25,7 @@ from ..deploy.modules import QuantizedLinear
 from ..errors import ConfigError
 from .sources import OWN_KEY, Source, build_model, load_weights, titan_rows
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def batches(
@@ -61,7 +61,8 @@ def load_model(
     Args:
         path: A run's dump folder, one of its checkpoints, or a Hugging Face folder.
         device: Where it runs.
-        dtype: "bfloat16" or "float32"; None: a finalized model's own, float32 for others.
+        dtype: "bfloat16" or "float32"; None: a finalized model's own, or what a Hugging Face
+            config.json names; float32 for others.
 
     Raises:
         ConfigError: a folder that cannot be used, or one that another program quantized.
@@ -75,13 +76,13 @@ def load_model(
             "the model that it came from"
         )
     name = dtype or source.config.get("torch_dtype", "float32")
-    if name not in _DTYPES:
+    if name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is unknown: use bfloat16 or float32")
-    model = build_model(source, _DTYPES[name], device)
+    model = build_model(source, DTYPES[name], device)
     recipe = get_deploy_recipe(own["recipe"]) if own.get("recipe") else None
     quantized = set(own.get("quantized", ()))
     for fqn in quantized:
-        _set(model, fqn, _quantized_linear(source, fqn, recipe, _DTYPES[name]).to(device))
+        _set(model, fqn, _quantized_linear(source, fqn, recipe, DTYPES[name]).to(device))
     load_weights(source, model, skip=quantized)
     return model.eval(), source
 
@@ -203,7 +204,7 @@ def write_results(output: Path, rows: dict[str, dict], about: dict) -> None:
         rows: Results by name.
         about: What else the JSON says: command, device, versions.
     """
-    from matplotlib.figure import Figure  # an extra that only this needs
+    from matplotlib.figure import Figure  # takes a second, which finalize need not wait
 
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps({"models": rows, **about}, indent=1) + "\n")

@@ -26,11 +26,10 @@ from ..deploy.writer import SHARD_BYTES, CheckpointWriter
 from ..errors import ConfigError
 from ..formats import BLOCK
 from ..recipe import DEFAULT_RULES
-from .evaluate import batches
+from .evaluate import DTYPES, batches
 from .families import FUSED
 from .sources import OWN_KEY, Source, args_dict, build_model, load_weights
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -159,7 +158,7 @@ def _tokenizer(source: Source, given: Path | None) -> Path:
     if folder is None and source.record:
         folder = Path(source.record["config"]["model"]["hf_assets_path"])
     folder = folder or source.path
-    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
+    if not (folder / "tokenizer.json").is_file():
         raise ConfigError(f"{folder} has no tokenizer.json: give its folder with --tokenizer")
     return folder
 

@@ -55,7 +55,7 @@ def write(job_config, model_parts: list[nn.Module]) -> Path:
         "device": utils.device_module.get_device_name(),
         "python": platform.python_version(),
         "versions": {"nvfp4_titan": __version__} | {name: _version(name) for name in PACKAGES},
-        "commit": _commit(),
+        "commit": source_commit(),
         "threads": torch.get_num_threads(),
         "cuda_graphs": uses_cuda_graphs(job_config),
         "datasets": {key: list(value) for key, value in datasets.items()},
@@ -120,7 +120,7 @@ def _energy(model_parts: list[nn.Module]) -> float:
     return float(torch.stack(sums).sum()) if sums else 0.0
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """Git commit of this source tree, with "-dirty" where tracked files differ from it."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():

@@ -237,12 +237,9 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
         raise ConfigError(f"{path} is not a folder: give a run, a checkpoint or a model")
     if (path / record.FILE).is_file():
         folder = path / _json(path / record.FILE)["config"]["checkpoint"]["folder"]
-        steps = sorted(
-            (int(entry.name.removeprefix("step-")) for entry in folder.glob("step-*")), reverse=True
-        )
-        for step in steps:
-            if checkpoints.fault(folder / f"step-{step}", resumable=False) is None:
-                return folder / f"step-{step}", path
+        step, _ = checkpoints.newest_whole_step(folder, resumable=False)
+        if step >= 0:
+            return folder / f"step-{step}", path
         raise ConfigError(f"{folder} has no whole checkpoint: train with checkpoint.enable = true")
     if (path / "config.json").is_file():
         return path, None

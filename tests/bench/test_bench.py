@@ -114,6 +114,9 @@ def test_training_runs_are_compared(tmp_path):
     compared = training.bench_train(configs, tmp_path, 20, 3, train)
     assert len(calls) == 12 and len({folder for *_, folder in calls}) == 12
     assert [row.values["ratio_to_bf16"] for row in compared] == [1, 0.86] * 2
+    (tmp_path / "of_an_earlier_call").mkdir()
+    with pytest.raises(ConfigError, match="is not empty"):
+        training.bench_train(configs, tmp_path, 20, 3, train)
     with pytest.raises(ConfigError, match="must be more than 10"):
         training.bench_train(configs, tmp_path, 10, 1, train)
 

@@ -228,3 +228,9 @@ def test_variants():
     ):
         with pytest.raises(ConfigError, match=message):
             parse_variant(wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"confidence": 95}, {"confidence": 0}, {"final_fraction": 1}])
+def test_thresholds_that_make_no_sense(wrong):
+    with pytest.raises(ConfigError, match="must be between 0 and 1"):
+        Thresholds(**wrong)

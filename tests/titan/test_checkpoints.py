@@ -113,6 +113,8 @@ def test_which_checkpoints_are_whole(train, single_rank):
     step, messages = newest_whole_step(folder)
     assert step == -1 and len(messages) == 3
     assert newest_whole_step(folder / "nowhere") == (-1, [])
+    (folder / "step-9.bak").mkdir()
+    assert newest_whole_step(folder, resumable=False)[0] == -1
 
 
 @pytest.mark.slow

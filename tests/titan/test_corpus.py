@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -150,6 +151,20 @@ def test_errors(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="set XDG_CACHE_HOME"):
         corpus.build("stdlib", corpus.stdlib_roots())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.py").write_text(f"{name} = 1\n")
+    (tmp_path / "others.py").write_text("not ours")
+    read = Path.read_bytes
+
+    def read_own(path):
+        if path.name == "others.py":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_own)
+    assert len(corpus.build("folder", [str(tmp_path)]).load("train")) == 1
+    monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(ConfigError, match="0 UTF-8 Python files"):
         corpus.build("folder", [str(tmp_path / "empty")])

@@ -127,8 +127,9 @@ def test_settings_without_their_converter_are_named(tmp_path, monkeypatch, caplo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logger, "propagate", True)
     argv = [f"--job.config_file={CONFIG}", "--nvfp4.recipe=nvpf4", "--nvfp4.no-sr"]
-    preflight([*argv, "--model.converters", ""], 1)
+    preflight([*argv, "--qat.skip=output", "--model.converters", ""], 1)
     assert "[nvfp4] recipe, sr: without effect" in caplog.text
+    assert "[qat] skip: without effect" in caplog.text
 
 
 @pytest.mark.parametrize(

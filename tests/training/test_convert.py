@@ -96,7 +96,8 @@ def test_switches_change_the_formats():
     model = Model()
     convert(model, rht=False, sr=False, weights_2d=False, backend="reference")
     recipe = model.layers["0"].wq.recipe
-    assert not recipe.wgrad.left.rht and not recipe.needs_key
+    assert not recipe.wgrad.left.rht and recipe.wgrad.left.rounding == recipe.dgrad.left.rounding
+    assert recipe.dgrad.left.rounding == recipe.fprop.left.rounding
     assert recipe.fprop.right.block == recipe.dgrad.right.block == (1, 16)
     model(torch.randint(0, 64, (2, 8))).sum().backward()
     assert model.layers["0"].wq.weight.grad.isfinite().all()

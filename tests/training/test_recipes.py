@@ -255,7 +255,8 @@ def test_switches():
     assert single.dgrad.left.format.name == single.wgrad.left.format.name == "nvfp4_46"
     assert RECIPES["mxfp8"].switched(tensor_scale=False).formats == {"mxfp8"}
     mixed = RECIPES["nvfp4_mxfp8"].switched(sr=False, weights_2d=False)
-    assert not mixed.needs_key and mixed.fprop.right.block == (1, 16)
+    assert {f.rounding for g in mixed.gemms for f in (g.left, g.right)} == {"rtne"}
+    assert mixed.fprop.right.block == (1, 16)
     x, w, dy = tensors()
     for recipe in (single, mixed):
         # Gradients of a mean over many tokens are this small, and must not become zeros.
