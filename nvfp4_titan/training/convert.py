@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..backends import Backend, resolve
 from ..errors import ConfigError
-from ..recipe import Choice, Recipe, Selection, get_recipe, parse_rules
+from ..recipe import DEFAULT_RULES, Choice, Recipe, Selection, get_recipe, parse_rules
 from .experts import WrappingExperts, convert_experts, expert_weights
 from .linear import NVFP4Linear
 from .report import EXPERTS, LINEAR, Entry, Report
@@ -98,16 +98,17 @@ def convert(
         tensor_scale,
     )
     _check_model(model)
-    blocks = _blocks(model)
+    sites = _linears(model) + _experts(model)
+    blocks = _blocks(model, sites)
     if bf16_first_layers and not blocks:
         raise ConfigError(
             "bf16_first_layers needs a model with numbered blocks (a ModuleList or ModuleDict): "
             "name its first linears in rules instead"
         )
-    sites = _linears(model) + _experts(model)
     _check_rules(selection, sites)
-    choices = [_choose(selection, site, blocks, experts) for site in sites]
-    report = Report(tuple(site.entry(c) for site, c in zip(sites, choices, strict=True)))
+    choices = _agreed(sites, [_choose(selection, site, blocks, experts) for site in sites])
+    notes = _notes(selection, sites, blocks)
+    report = Report(tuple(site.entry(c) for site, c in zip(sites, choices, strict=True)), notes)
     if selection.recipe.quantized and not report.converted:
         reasons = ", ".join(sorted({entry.reason for entry in report.entries}))
         raise ConfigError(
@@ -126,14 +127,8 @@ def _swap(sites: list[_Site], choices: list[Choice], backend: str | Backend, see
     for site, choice in zip(sites, choices, strict=True):
         if site.kind == EXPERTS and choice.recipe.quantized:
             experts.setdefault(site.module, {})[site.attribute] = choice.recipe
-        if site.kind != LINEAR:
-            continue
-        # A linear that is registered twice is one module: its names must agree.
-        if linears.setdefault(site.module, choice.recipe) != choice.recipe:
-            raise ConfigError(
-                f"{site.names[0]} is the same module as another name, which gets recipe "
-                f"{linears[site.module].name!r} and not {choice.recipe.name!r}: let rules agree"
-            )
+        if site.kind == LINEAR:
+            linears[site.module] = choice.recipe
     first_names = {site.module: site.names for site in reversed(sites)}
     for module, recipe in linears.items():
         if recipe.quantized:
@@ -146,6 +141,48 @@ def _swap(sites: list[_Site], choices: list[Choice], backend: str | Backend, see
             )
     for module, recipes in experts.items():
         convert_experts(module, recipes, backends, first_names[module][1], seed)
+
+
+def _agreed(sites: list[_Site], choices: list[Choice]) -> list[Choice]:
+    """One choice for a linear that is registered under several names.
+
+    A rule for one of them decides for all; without rules, what keeps one in high precision.
+    """
+    owners: dict[tuple[nn.Module, str], list[int]] = {}
+    for i, site in enumerate(sites):
+        owners.setdefault((site.module, site.attribute), []).append(i)
+    agreed = list(choices)
+    for places in owners.values():
+        if len({choices[i].recipe for i in places}) == 1:
+            continue
+        ruled = [i for i in places if choices[i].reason.startswith("rule ")]
+        if len({choices[i].recipe for i in ruled}) > 1:
+            names = ", ".join(f"{sites[i].names[0]} ({choices[i].reason})" for i in ruled)
+            raise ConfigError(
+                f"one linear gets several recipes by its names {names}: let the rules agree"
+            )
+        first = (ruled or [i for i in places if not choices[i].recipe.quantized] or places)[0]
+        other = f"shared with {sites[first].names[0]} ({choices[first].reason})"
+        for i in set(places) - {first}:
+            agreed[i] = Choice(choices[first].recipe, other)
+    return agreed
+
+
+def _notes(selection: Selection, sites: list[_Site], blocks: dict[str, int]) -> tuple[str, ...]:
+    """What of the defaults found nothing in this model."""
+    notes = []
+    if selection.bf16_last_fraction and not blocks:
+        notes.append(
+            "no numbered blocks (a ModuleList or ModuleDict) with linears: bf16_last_fraction "
+            "keeps none; name the last linears in rules"
+        )
+    heads = [rule for rule in DEFAULT_RULES if rule.glob.endswith(("output", "lm_head"))]
+    if not any(rule.matches(site.names) for rule in (*heads, *selection.rules) for site in sites):
+        notes.append(
+            "nothing is named as an lm head (output, lm_head): if the model has one, keep it with "
+            "a rule such as head=bf16"
+        )
+    return tuple(notes)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -188,7 +225,8 @@ def _experts(model: nn.Module) -> list[_Site]:
         top_k = getattr(router, "top_k", 1)
         experts = expert_weights(module)
         for name, weight in module.named_parameters(recurse=False):
-            if weight.dim() != 3 or isinstance(module, _CONVOLUTIONS):
+            # (1, ...) is an embedding of positions or a token.
+            if weight.dim() != 3 or len(weight) == 1 or isinstance(module, _CONVOLUTIONS):
                 continue
             obstacle = None
             if type(weight) is not nn.Parameter:
@@ -233,12 +271,12 @@ def _choose(selection: Selection, site: _Site, blocks: dict[str, int], experts: 
     return choice
 
 
-def _blocks(model: nn.Module) -> dict[str, int]:
+def _blocks(model: nn.Module, sites: list[_Site]) -> dict[str, int]:
     """FQN prefixes of the transformer blocks, "layers.0." and so on, with their index.
 
-    The blocks are the children of the outermost ModuleList or ModuleDict whose children are
-    numbered, among equals of the longest; none where there is no such container (a plain
-    nn.Sequential is a function, not a stack of blocks).
+    The blocks are the children of the ModuleList or ModuleDict whose children are numbered and
+    spend the most FLOPs, of a decoder more than of its encoder, among equals of the longest; none
+    where there is no such container (a plain nn.Sequential is a function, not a stack of blocks).
     """
     found = []
     for fqn, module in model.named_modules():
@@ -247,11 +285,13 @@ def _blocks(model: nn.Module) -> dict[str, int]:
         if not stack or isinstance(module, ParametrizationList) or not names:
             continue
         if all(name.isdigit() for name in names):
-            depth = fqn.count(".") if fqn else -1
             prefix = f"{fqn}." if fqn else ""
+            inside = [site for site in sites if site.names[0].startswith(prefix)]
+            flops = sum(site.flops_per_token for site in inside)
             ordered = sorted(names, key=int)
-            found.append((depth, -len(names), {f"{prefix}{n}.": i for i, n in enumerate(ordered)}))
-    return min(found, key=lambda item: item[:2])[2] if found else {}
+            found.append((flops, len(names), {f"{prefix}{n}.": i for i, n in enumerate(ordered)}))
+    most = max(found, key=lambda item: item[:2], default=(0, 0, {}))
+    return most[2] if most[0] else {}
 
 
 def _check_rules(selection: Selection, sites: list[_Site]) -> None:

@@ -263,8 +263,11 @@ class WrappingExperts:
     being_observed = False
     """Both as NVFP4Linear's; operands by weight name."""
 
+    # A compiler sees the gradients of wrapped weights, which are plain, and fails. torchtitan
+    # compiles the function inside alone.
+    @torch.compiler.disable
     def forward(self, *args, **kwargs):
-        """Run the module's own forward, reading converted weights wrapped."""
+        """Run the module's own forward, reading converted weights wrapped; never compiled whole."""
         self._wrapping = True
         try:
             return super().forward(*args, **kwargs)

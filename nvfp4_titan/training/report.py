@@ -32,9 +32,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """Result of `convert`: the entries in model order, and sums over them."""
+    """Result of `convert`: the entries in model order, sums over them, and what to look at.
+
+    Attributes:
+        entries: In model order.
+        notes: What of the defaults found nothing in the model.
+    """
 
     entries: tuple[Entry, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def converted(self) -> tuple[str, ...]:
@@ -75,7 +81,7 @@ class Report:
             if totals[kind]
         )
         head = f"NVFP4 conversion: {summary}; {self.flops_share:.1%} of their FLOPs quantized"
-        return "\n".join([head, *lines])
+        return "\n".join([head, *lines, *(f"  note: {note}" for note in self.notes)])
 
 
 def _layers(fqns) -> str:

@@ -165,12 +165,51 @@ def test_one_parent_that_holds_a_linear_twice():
     model = nn.Sequential(shared, nn.ReLU(), shared)
     report = convert(model, backend="reference")
     assert report.converted == ("0", "2") and isinstance(model[2], NVFP4Linear)
-    with pytest.raises(ConfigError, match="let rules agree"):
-        shared = nn.Linear(32, 32)
-        convert(nn.Sequential(shared, shared), rules=["1=bf16"], backend="reference")
+    with pytest.raises(ConfigError, match=r"names 0 \(rule 0\), 1 \(rule 1\): let the rules"):
+        convert(nn.Sequential(*[nn.Linear(32, 32)] * 2), rules=["0=nvfp4", "1=bf16"])
 
 
-def test_blocks_are_the_outermost_and_longest_numbered_container():
+def test_a_rule_for_one_name_decides_for_all():
+    model = nn.Sequential(*[nn.Linear(32, 32)] * 2, nn.Linear(32, 32))
+    report = convert(model, rules=["1=bf16"], backend="reference")
+    assert report.converted == ("2",) and "shared with 1 (rule 1)" in str(report)
+
+
+def test_a_linear_of_several_blocks_stays_where_one_of_them_does():
+    model = nn.Module()
+    model.layers = nn.ModuleList(Block() for _ in range(4))
+    for block in model.layers[1:]:
+        block.wq = model.layers[0].wq
+    report = convert(model, backend="reference")
+    assert {f"layers.{i}.wq" for i in range(4)} <= set(report.kept)
+    assert "shared with layers.3.wq (bf16_last_fraction)" in str(report)
+    assert len(report.converted) == len(report.entries) - 4 - (len(report.entries) // 4 - 1)
+
+
+@pytest.mark.parametrize("extra", [nn.Embedding(8, 32), nn.LayerNorm(32), nn.Linear(32, 64)])
+def test_blocks_are_where_the_flops_are(extra):
+    model = nn.Module()
+    model.extra = nn.ModuleList([extra] * 3)
+    model.model = nn.Module()
+    model.model.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(8))
+    report = convert(model, bf16_last_fraction=0.25, backend="reference")
+    assert report.kept == ("model.layers.6", "model.layers.7")
+    assert "nothing is named as an lm head" in str(report)
+
+
+def test_a_model_without_blocks_says_that_none_are_kept():
+    report = convert(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), backend="reference")
+    assert not report.kept and "bf16_last_fraction keeps none" in str(report)
+
+
+def test_embeddings_of_three_dims_are_no_experts():
+    model = nn.Sequential(nn.Linear(32, 32))
+    model.positions = nn.Parameter(torch.zeros(1, 4096, 32))
+    report = convert(model, backend="reference")
+    assert report.flops_share == 1 and len(report.entries) == 1
+
+
+def test_blocks_among_other_numbered_containers():
     model = Model(10)
     wrapped = nn.Module()
     wrapped.encoder = nn.Module()

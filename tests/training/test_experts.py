@@ -144,6 +144,7 @@ def test_deepcopy_and_to_empty():
 
 def test_compiled_function_is_one_graph_for_all_layers():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     layers = [converted()[0] for _ in range(10)]
     for i, experts in enumerate(layers):
         for name, (_, *rest) in experts._converted.items():
@@ -160,6 +161,16 @@ def test_compiled_function_is_one_graph_for_all_layers():
             finally:
                 globals()["run_grouped"] = eager
             assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_module_that_is_compiled_whole_runs_its_experts_eagerly(backend):
+    torch._dynamo.reset()
+    model, x = converted()[0], torch.randn(32, 32)
+    expected = step(model, x)
+    actual = step(torch.compile(model, backend=backend), x)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_rules_reach_experts_by_module_and_by_weight():
