@@ -12,7 +12,7 @@ from torchtitan.tools.logging import logger
 
 from ..errors import ConfigError, UnsupportedError
 from . import cpu_runtime
-from .converter import check_cuda_graphs, check_settings
+from .converter import check_cuda_graphs, check_settings, without_settings
 from .datasets import dataset_corpus
 from .qat import check_qat
 from .sharding import parallel_dims
@@ -104,6 +104,8 @@ def _check_model(model) -> None:
             f"{', '.join(flavors)}"
         )
     for name in model.converters:
+        if name in ("nvfp4", "qat") and name not in CONVERTERS:
+            raise without_settings(name)
         if name not in CONVERTERS:
             raise ConfigError(f"converter {name!r} is unknown: use one of {', '.join(CONVERTERS)}")
 

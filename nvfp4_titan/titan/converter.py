@@ -207,6 +207,15 @@ def align_token_groups() -> None:
         logger.info(f"Token groups of experts are aligned to {BLOCK} (from {current})")
 
 
+def without_settings(converter: str) -> ConfigError:
+    """What to say where a job's config module does not know a converter of ours."""
+    return ConfigError(
+        f"the {converter} converter needs its settings: add --job.custom_config_module "
+        "nvfp4_titan.titan.job_config, or have the JobConfig of your own config module derive from "
+        "nvfp4_titan.titan.job_config.JobConfig"
+    )
+
+
 def check_settings(job_config: JobConfig) -> None:
     """Check what can be known before the model is built.
 
@@ -215,10 +224,7 @@ def check_settings(job_config: JobConfig) -> None:
         UnsupportedError: the backend, or a parallelism that NVFP4 layers do not support.
     """
     if not hasattr(job_config, "nvfp4"):
-        raise ConfigError(
-            "the nvfp4 converter needs its settings: add "
-            "--job.custom_config_module nvfp4_titan.titan.job_config"
-        )
+        raise without_settings("nvfp4")
     settings = job_config.nvfp4
     _check_order(job_config.model.converters)
     resolve(settings.backend, get_recipe(settings.recipe))

@@ -278,7 +278,7 @@ def family_of_run(name: str) -> Family:
             return family
     names = " and ".join(family.name for family in FAMILIES)
     raise UnsupportedError(
-        f"the run trained {name}: only {names} models are finalized in this version; export "
+        f"the run trained {name}: only {names} models are read and finalized here; export "
         "others with torchtitan's own Hugging Face checkpoints"
     )
 

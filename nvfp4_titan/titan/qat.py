@@ -10,8 +10,14 @@ from ..deploy import get_deploy_recipe, prepare
 from ..errors import ConfigError, UnsupportedError
 from ..training import Report, refresh_weights, track_weights
 from . import activation_checkpoint, record
-from .converter import align_token_groups, frees_weights, has_converted_experts, keep_no_codes
-from .families import FUSED
+from .converter import (
+    align_token_groups,
+    frees_weights,
+    has_converted_experts,
+    keep_no_codes,
+    without_settings,
+)
+from .families import FAMILIES, FUSED
 
 
 class QATConverter(ModelConverter):
@@ -42,6 +48,11 @@ class QATConverter(ModelConverter):
             align_token_groups()
         if not distributed.is_initialized() or distributed.get_rank() == 0:
             logger.info(f"QAT: {self.report}")
+            if (name := self.job_config.model.name) not in (family.name for family in FAMILIES):
+                logger.warning(
+                    f"finalize.py will not read {name}: export it by torchtitan's own Hugging Face "
+                    "checkpoints, and quantize it elsewhere"
+                )
             record.write_conversion(self.job_config, self.report)
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
@@ -75,10 +86,7 @@ def check_qat(job_config: JobConfig) -> None:
         UnsupportedError: tensor parallelism with a recipe of codecs.
     """
     if not hasattr(job_config, "qat"):
-        raise ConfigError(
-            "the qat converter needs its settings: add "
-            "--job.custom_config_module nvfp4_titan.titan.job_config"
-        )
+        raise without_settings("qat")
     others = [name for name in job_config.model.converters if name != "qat"]
     if others:
         raise ConfigError(

@@ -119,6 +119,24 @@ def test_a_broken_tokenizer(content, fragment, tmp_path, monkeypatch):
         preflight([f"--job.config_file={CONFIG}", "--model.hf_assets_path=assets"], 1)
 
 
+def test_a_config_module_of_ones_own(tmp_path, monkeypatch):
+    from nvfp4_titan.titan.trainer import preflight
+
+    for name, base in (("plain", "torchtitan.config"), ("derived", "nvfp4_titan.titan.job_config")):
+        (tmp_path / f"{name}_config.py").write_text(
+            f"from dataclasses import dataclass\nfrom {base} import JobConfig as Base\n"
+            "@dataclass\nclass Mine:\n    depth: int = 3\n"
+            "@dataclass\nclass JobConfig(Base):\n    mine: Mine = None\n"
+        )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    argv = [f"--job.config_file={CONFIG}", "--model.converters=nvfp4"]
+    with pytest.raises(UserError, match="your own config module derive from"):
+        preflight([*argv, "--job.custom_config_module=plain_config"], 1)
+    found = preflight([*argv, "--job.custom_config_module=derived_config"], 1)
+    assert found.nvfp4.recipe == "nvfp4" and hasattr(found, "mine")
+
+
 def test_settings_without_their_converter_are_named(tmp_path, monkeypatch, caplog):
     from torchtitan.tools.logging import logger
 

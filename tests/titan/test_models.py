@@ -53,6 +53,12 @@ def test_debug_model_trains(name, train, single_rank):
         "--training.dataset=stdlib",
         "--training.steps=3",
         "--lr_scheduler.warmup_steps=1",
+        "--validation.enable",
+        "--validation.dataset=stdlib_validation",
+        "--validation.local_batch_size=2",
+        "--validation.seq_len=64",
+        "--validation.steps=1",
+        "--validation.freq=3",
     )
     assert list(losses) == [1, 2, 3] and all(map(math.isfinite, losses.values()))
     # A vocabulary of 2,048 starts near ln 2048 = 7.6.
