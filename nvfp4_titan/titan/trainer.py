@@ -22,7 +22,13 @@ from ..training.schedule import FormatSchedule
 from . import activation_checkpoint, cpu_runtime, record
 from .checkpoints import choose_step
 from .checks import check
-from .converter import check_gathers, convert_by_settings, schedule, switches
+from .converter import (
+    check_gathers,
+    convert_by_settings,
+    schedule,
+    switches,
+    without_settings,
+)
 from .numerics_log import NumericsLog
 from .qat import prepare_by_settings
 from .sharding import meta_model
@@ -244,7 +250,10 @@ def parse(argv: list[str]) -> JobConfig:
     try:
         job_config = ConfigManager().parse_args(_complete(argv))
     except (ValueError, ImportError, AttributeError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        reason = " ".join(str(error).split())
+        if "Invalid field names" in reason and "data: {'nvfp4'}" in reason:
+            raise without_settings("nvfp4") from error
+        raise ConfigError(reason) from error
     _normalize(job_config)
     return job_config
 
