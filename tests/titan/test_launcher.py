@@ -124,9 +124,9 @@ def test_a_config_module_of_ones_own(tmp_path, monkeypatch):
 
     for name, base in (("plain", "torchtitan.config"), ("derived", "nvfp4_titan.titan.job_config")):
         (tmp_path / f"{name}_config.py").write_text(
-            f"from dataclasses import dataclass\nfrom {base} import JobConfig as Base\n"
+            f"from dataclasses import dataclass, field\nfrom {base} import JobConfig as Base\n"
             "@dataclass\nclass Mine:\n    depth: int = 3\n"
-            "@dataclass\nclass JobConfig(Base):\n    mine: Mine = None\n"
+            "@dataclass\nclass JobConfig(Base):\n    mine: Mine = field(default_factory=Mine)\n"
         )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
