@@ -7,7 +7,9 @@ or a conversion that converts nothing, is an error; everything left alone is in 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..backends import Backend, resolve
@@ -191,6 +193,9 @@ def _check_model(model: nn.Module) -> None:
     for fqn, module in model.named_modules():
         if isinstance(module, NVFP4Linear | WrappingExperts):
             raise ConfigError(f"{fqn} was converted before: convert a model once")
+    for fqn, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ConfigError(f"{fqn} has no shape yet: run a batch through the model first")
 
 
 def _children(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
@@ -242,6 +247,9 @@ def _experts(model: nn.Module) -> list[_Site]:
     return found
 
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Of weights; float64 ones need autocast."""
+
 _CONVOLUTIONS = nn.Conv1d | nn.ConvTranspose1d
 
 
@@ -251,6 +259,10 @@ def _obstacle(module: nn.Linear, parent: nn.Module) -> str | None:
         return f"is a {type(module).__name__}, not a plain nn.Linear"
     if type(module.weight) is not nn.Parameter:
         return f"has a weight that is a {type(module.weight).__name__}, not a plain parameter"
+    if module.weight.dtype not in _DTYPES or module.weight.layout is not torch.strided:
+        return f"has a weight of {module.weight.dtype}, {module.weight.layout}"
+    if not module.weight.numel():
+        return "has a weight without elements"
     if "forward" in module.__dict__:
         return "has a forward of its own"
     if isinstance(parent, nn.TransformerEncoderLayer):

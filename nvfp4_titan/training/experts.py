@@ -53,6 +53,7 @@ _OF_EXPERTS = {aten.select.int, aten.slice.Tensor}
 
 _GROUPED_MM = {torch._grouped_mm, torch.nn.functional.grouped_mm}
 _MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
+_LINEAR = torch.nn.functional.linear
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ class ExpertWeight(torch.Tensor):
             return _intercepted_grouped_mm(*args, **kwargs)
         if func in _MATMUL:
             return _intercepted_matmul(*args, **kwargs)
+        if func is _LINEAR:
+            return _intercepted_linear(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -147,9 +150,9 @@ class ExpertWeight(torch.Tensor):
             if func._can_decompose():
                 return func.decompose(*args, **(kwargs or {}))
             raise UnsupportedError(
-                f"expert weights reached {func}, which has no NVFP4 form: use torch._grouped_mm or "
-                "torch.matmul, or keep these experts in high precision with a rule or "
-                "nvfp4.experts = false"
+                f"expert weights reached {func}, which has no NVFP4 form: use torch._grouped_mm, "
+                "torch.matmul or torch.nn.functional.linear, or keep these experts in high "
+                "precision with a rule or nvfp4.experts = false"
             )
         weight = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, cls))
         plain = pytree.tree_map_only(cls, lambda leaf: leaf.data_, (args, kwargs or {}))
@@ -229,8 +232,14 @@ def _kept_weight(w: ExpertWeight, plain: torch.Tensor) -> KeptWeight | None:
     return KeptWeight(w.options.kept_dtype, tuple(getattr(w, name) for name in _KEPT))
 
 
-def _intercepted_matmul(x, other) -> torch.Tensor:
-    w = other
+def _intercepted_linear(input, weight, bias=None) -> torch.Tensor:
+    turned = isinstance(weight, ExpertWeight) and weight.dim() == 2
+    y = _intercepted_matmul(input, weight.t() if turned else weight)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _intercepted_matmul(input, other) -> torch.Tensor:
+    x, w = input, other
     if not isinstance(w, ExpertWeight) or w.dim() != 2:
         raise UnsupportedError(
             "NVFP4 experts take matmul(x, w) with one expert's (K, N) weight on the right: keep "

@@ -202,6 +202,27 @@ def test_a_model_without_blocks_says_that_none_are_kept():
     assert not report.kept and "bf16_last_fraction keeps none" in str(report)
 
 
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (torch.zeros(8, 8, dtype=torch.int8), "torch.int8"),
+        (torch.zeros(8, 8, dtype=torch.complex64), "torch.complex64"),
+        (torch.zeros(0, 8), "without elements"),
+        (torch.eye(8).to_sparse_csr(), "torch.sparse_csr"),
+    ],
+)
+def test_weights_that_no_gemm_takes_stay(weight, reason):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
+    model[1].weight = nn.Parameter(weight, requires_grad=False)
+    report = convert(model, backend="reference")
+    assert report.kept == ("1",) and reason in str(report)
+
+
+def test_lazy_parameters_are_refused():
+    with pytest.raises(ConfigError, match="0.weight has no shape yet"):
+        convert(nn.Sequential(nn.LazyConv2d(4, 3), nn.Linear(64, 64)), backend="reference")
+
+
 def test_embeddings_of_three_dims_are_no_experts():
     model = nn.Sequential(nn.Linear(32, 32))
     model.positions = nn.Parameter(torch.zeros(1, 4096, 32))

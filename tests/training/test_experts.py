@@ -173,6 +173,27 @@ def test_a_module_that_is_compiled_whole_runs_its_experts_eagerly(backend):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("bias", [None, torch.ones(48)])
+def test_linear_is_matmul_of_the_turned_weight(bias):
+    experts, x = converted()[0], torch.randn(16, 32)
+    found = []
+    for multiply in (
+        lambda w: nn.functional.linear(x, w, bias),
+        lambda w: nn.functional.linear(input=x, weight=w, bias=bias),
+        lambda w: torch.matmul(input=x, other=w.t()) + (0 if bias is None else bias),
+    ):
+        experts.zero_grad()
+        experts._wrapping = True
+        y = multiply(experts.w1[1])
+        experts._wrapping = False
+        y.square().sum().backward()
+        found.append((y, experts.w1.grad))
+    assert all(
+        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+    )
+    assert not torch.equal(found[0][0], x @ experts.w1[1].t())  # quantized
+
+
 def test_rules_reach_experts_by_module_and_by_weight():
     model = Model()
     report = convert(model, rules=["moe.experts=bf16", "*.experts.w2=nvfp4"], backend="reference")
