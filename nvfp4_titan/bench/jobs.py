@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import median
 
 from ..errors import ConfigError
-from .training import ACTIVE, MEMORY, THROUGHPUT, check_new, read_scalars
+from ..scalars import ACTIVE_GIB, RESERVED_GIB, TOKENS_PER_SECOND, TRAIN_LOSS, read_scalars
+from .training import check_new
 
-LOSS = "loss_metrics/global_avg_loss"
 GRACE_SECONDS = 40
 """torchrun gives its workers 30 seconds between SIGTERM and SIGKILL."""
 
@@ -156,18 +156,14 @@ def _measured(folder: Path) -> dict:
     if record.is_file():
         content = json.loads(record.read_text())
         found |= {name: content[name] for name in ("device", "python", "versions")}
-    if any(folder.glob("tb/*/events.out.tfevents.*")):
-        try:
-            losses, speeds, memory, active = (
-                read_scalars(folder, name) for name in (LOSS, THROUGHPUT, MEMORY, ACTIVE)
-            )
-        except ConfigError:
-            return found  # it ended before its first step
-        warm = list(speeds.values())[min(10, len(speeds) // 2) :]
+    begun = any(folder.glob("tb/*/events.out.tfevents.*"))
+    recorded = read_scalars(folder) if begun else {}
+    if TRAIN_LOSS in recorded:
+        speeds = list(recorded[TOKENS_PER_SECOND].values())
         found |= {
-            "losses": losses,
-            "tokens_per_s": median(warm),
-            "peak_gib": max(memory.values()),
-            "active_gib": max(active.values()),
+            "losses": recorded[TRAIN_LOSS],
+            "tokens_per_s": median(speeds[min(10, len(speeds) // 2) :]),
+            "peak_gib": max(recorded[RESERVED_GIB].values()),
+            "active_gib": max(recorded[ACTIVE_GIB].values()),
         }
     return found

@@ -11,14 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 from ..errors import ConfigError
+from ..scalars import RESERVED_GIB, TOKENS_PER_SECOND, read_scalars
 from .rows import BenchRow, ratios
 from .timing import schedule
 
-THROUGHPUT, MEMORY = "throughput(tps)", "memory/max_reserved(GiB)"
-ACTIVE = "memory/max_active(GiB)"
 VARIANTS = {
     "bf16": ["--model.converters", ""],
     "triton": ["--model.converters", "nvfp4", "--nvfp4.backend", "triton"],
@@ -53,22 +50,6 @@ def options(config: Path, folder: Path, steps: int, variant: str) -> list[str]:
     ]
 
 
-def read_scalars(folder: Path, name: str) -> dict[int, float]:
-    """Values of a scalar by step, from the one TensorBoard file of a run.
-
-    Raises:
-        ConfigError: there is not exactly one file, or it lacks the scalar.
-    """
-    events = sorted(folder.glob("tb/*/events.out.tfevents.*"))
-    if len(events) != 1:
-        raise ConfigError(f"{folder} holds {len(events)} TensorBoard files, not one")
-    accumulator = EventAccumulator(str(events[0]))
-    accumulator.Reload()
-    if name not in accumulator.Tags()["scalars"]:
-        raise ConfigError(f"{folder} has no scalar {name!r}")
-    return {event.step: event.value for event in accumulator.Scalars(name)}
-
-
 def run(config: Path, folder: Path, steps: int, variant: str) -> dict[str, float]:
     """Train once; tokens per second of a GPU and its peak memory.
 
@@ -82,9 +63,10 @@ def run(config: Path, folder: Path, steps: int, variant: str) -> dict[str, float
         done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ)
     if done.returncode != 0:
         raise ConfigError(f"{' '.join(command)} failed, see {log}")
+    recorded = read_scalars(folder)
     return {
-        "tokens_per_s": median(list(read_scalars(folder, THROUGHPUT).values())[WARMUP_STEPS:]),
-        "peak_gib": max(read_scalars(folder, MEMORY).values()),
+        "tokens_per_s": median(list(recorded[TOKENS_PER_SECOND].values())[WARMUP_STEPS:]),
+        "peak_gib": max(recorded[RESERVED_GIB].values()),
     }
 
 

@@ -3,9 +3,6 @@
 A run is a job's dump folder: TensorBoard's event files, run_record.json, and, for converted models,
 conversion.json. Runs are only compared when corpus, tokenizer, steps and data settings agree, and,
 where both recorded it, the tokens of every logged step and the initial weights.
-
-A run that was interrupted and went on has an event file per start. A start replaces what earlier
-ones recorded from its first step on: those steps were lost with the process, and done again.
 """
 
 import json
@@ -14,16 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 from ..errors import ConfigError
-
-TRAIN_LOSS = "loss_metrics/global_avg_loss"
-VALIDATION_LOSS = "validation_metrics/loss"
-STEP_SECONDS = "time_metrics/end_to_end(s)"
-TOKENS_PER_SECOND = "throughput(tps)"
-MEMORY = "memory/max_active(GiB)"
-CHECKSUM, TOKENS = "data/checksum", "n_tokens_seen"
+from ..scalars import (
+    ACTIVE_GIB,
+    CHECKSUM,
+    STEP_SECONDS,
+    TOKENS,
+    TOKENS_PER_SECOND,
+    TRAIN_LOSS,
+    VALIDATION_LOSS,
+    read_scalars,
+)
 
 _SAME = (
     ("corpus_sha256",),
@@ -125,7 +123,7 @@ def read_run(folder: Path | str) -> Run:
         _json(folder / "tokens_per_expert.json", optional=True),
         *(
             scalars(tag)
-            for tag in (TRAIN_LOSS, VALIDATION_LOSS, STEP_SECONDS, TOKENS_PER_SECOND, MEMORY)
+            for tag in (TRAIN_LOSS, VALIDATION_LOSS, STEP_SECONDS, TOKENS_PER_SECOND, ACTIVE_GIB)
         ),
         recorded.get(CHECKSUM, {}),
         recorded.get(TOKENS, {}),
@@ -135,42 +133,6 @@ def read_run(folder: Path | str) -> Run:
         if bad:
             raise ConfigError(f"{folder}: {name} loss is not finite at step {bad[0]}")
     return run
-
-
-def read_scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """What a run recorded: by tag, values by step, of all of its starts.
-
-    Raises:
-        ConfigError: there is no event file.
-    """
-    files = sorted(folder.glob("tb/*/events.out.tfevents.*"), key=_started)
-    if not files:
-        raise ConfigError(
-            f"{folder} holds no TensorBoard file: give the dump folder of one run with "
-            "metrics.enable_tensorboard = true"
-        )
-    merged: dict[str, dict[int, float]] = {}
-    for file in files:
-        accumulator = EventAccumulator(str(file), size_guidance={"scalars": 0})
-        accumulator.Reload()
-        tags = accumulator.Tags()["scalars"]
-        found = {tag: {e.step: e.value for e in accumulator.Scalars(tag)} for tag in tags}
-        if TRAIN_LOSS not in found:
-            continue  # it ended before its first step
-        first = min(found[TRAIN_LOSS])
-        for tag, values in merged.items():
-            # Validation of the checkpoint's own step is done again, the step is not.
-            start = min(found.get(tag, {first: None}))
-            merged[tag] = {step: value for step, value in values.items() if step < start}
-        for tag, values in found.items():
-            merged.setdefault(tag, {}).update(values)
-    return merged
-
-
-def _started(events: Path) -> tuple[int, str]:
-    """Sort key of event files: events.out.tfevents.SECONDS.HOST.PID.NUMBER."""
-    seconds = events.name.split(".")[3]
-    return int(seconds) if seconds.isdecimal() else 0, events.name
 
 
 def check_comparable(control: Run, run: Run) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from ..convergence.runs import VALIDATION_LOSS, read_scalars
 from ..deploy import DeployRecipe, get_deploy_recipe
 from ..deploy.codecs import nvfp4
 from ..deploy.layout import quantization_config, to_layout
@@ -26,6 +25,7 @@ from ..deploy.writer import SHARD_BYTES, CheckpointWriter
 from ..errors import ConfigError
 from ..formats import BLOCK
 from ..recipe import DEFAULT_RULES
+from ..scalars import VALIDATION_LOSS, read_scalars
 from .evaluate import DTYPES, batches
 from .families import FUSED
 from .sources import OWN_KEY, Source, args_dict, build_model, load_weights

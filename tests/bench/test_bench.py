@@ -124,14 +124,3 @@ def test_training_runs_are_compared(tmp_path):
 def test_a_failing_run_names_its_log(tmp_path):
     with pytest.raises(ConfigError, match=r"failed, see .*log\.txt"):
         training.run(tmp_path / "missing.toml", tmp_path / "run", 1, "bf16")
-
-
-def test_scalars_of_a_run(tmp_path):
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(tmp_path / "tb" / "x") as writer:
-        for step, value in enumerate((1.0, 2.0)):
-            writer.add_scalar(training.THROUGHPUT, value, step)
-    assert training.read_scalars(tmp_path, training.THROUGHPUT) == {0: 1, 1: 2}
-    with pytest.raises(ConfigError, match="no scalar"):
-        training.read_scalars(tmp_path, training.MEMORY)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from nvfp4_titan.bench import parallel
-from nvfp4_titan.bench.jobs import LOSS, Job, run_jobs, select
-from nvfp4_titan.bench.training import ACTIVE, MEMORY, THROUGHPUT
+from nvfp4_titan.bench.jobs import Job, run_jobs, select
 from nvfp4_titan.errors import ConfigError
+from nvfp4_titan.scalars import ACTIVE_GIB, RESERVED_GIB, TOKENS_PER_SECOND, TRAIN_LOSS
 
 
 class Script(Job):
@@ -28,8 +28,8 @@ def written_losses(folder, losses):
 
     with SummaryWriter(folder / "tb" / "x") as writer:
         for step, loss in losses.items():
-            memory = {MEMORY: step, ACTIVE: step / 2}
-            for tag, value in ({LOSS: loss, THROUGHPUT: 100.0 * step} | memory).items():
+            values = {TRAIN_LOSS: loss, TOKENS_PER_SECOND: 100.0 * step}
+            for tag, value in (values | {RESERVED_GIB: step, ACTIVE_GIB: step / 2}).items():
                 writer.add_scalar(tag, value, step)
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from nvfp4_titan.convergence.check import Found, Plan
 from nvfp4_titan.convergence.report import _validated, switches
-from nvfp4_titan.convergence.runs import Run, read_scalars
+from nvfp4_titan.convergence.runs import Run
 from nvfp4_titan.convergence.variants import ABLATIONS, parse_variant
 from nvfp4_titan.convergence.verdict import (
     Thresholds,
@@ -174,29 +173,6 @@ def test_what_does_not_compare_is_an_error(run, message):
 def test_a_seed_that_the_control_lacks_is_an_error():
     with pytest.raises(ConfigError, match="no run of seed 3"):
         judge(CONTROL, {3: made(3)}, LIMITS)
-
-
-def write_events(folder, name, loss):
-    writer = SummaryWriter(str(folder / "tb" / "x"))
-    for step, value in loss.items():
-        writer.add_scalar("loss_metrics/global_avg_loss", value, step)
-        if step % 4 == 0:
-            writer.add_scalar("validation_metrics/loss", value, step)
-    writer.close()
-    (file,) = (f for f in (folder / "tb" / "x").iterdir() if f.name.startswith("events"))
-    file.rename(folder / "tb" / "x" / f"kept.{name}")
-
-
-def test_later_starts_replace_what_was_lost(tmp_path):
-    """Two starts: the first was killed at step 8 and went on from a checkpoint of step 4."""
-    write_events(tmp_path, "a", {s: 1.0 for s in range(1, 9)})
-    write_events(tmp_path, "b", {s: 2.0 for s in range(5, 7)})
-    for name, seconds in (("a", 100), ("b", 200)):
-        folder = tmp_path / "tb" / "x"
-        (folder / f"kept.{name}").rename(folder / f"events.out.tfevents.{seconds}.host.1.0")
-    scalars = read_scalars(tmp_path)
-    assert scalars["loss_metrics/global_avg_loss"] == {1: 1, 2: 1, 3: 1, 4: 1, 5: 2, 6: 2}
-    assert scalars["validation_metrics/loss"] == {4: 1.0}
 
 
 def test_gaps_around_a_switch(tmp_path):

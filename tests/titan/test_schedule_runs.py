@@ -3,8 +3,8 @@
 import pytest
 from support import logged_scalars
 
-from nvfp4_titan.convergence.runs import VALIDATION_LOSS
 from nvfp4_titan.errors import ConfigError, UnsupportedError
+from nvfp4_titan.scalars import VALIDATION_LOSS
 
 DEBUG = (
     "--model.name=llama3",
