@@ -8,13 +8,18 @@ are ours. The attention of a CPU is shown as a GPU's, which the lists name.
 
 FSDP gathers experts inside the checkpointed block, where they were not gathered ahead: other
 operations when the block runs again, which torch 2.13 refuses. Its hooks are kept out of the count.
+
+Compiled blocks that are checkpointed whole: before 2.13 torch marks what is in an autograd function
+not as to be computed again, and all that our GEMMs keep stayed. A policy for every op marks it.
 """
 
+from contextlib import nullcontext
 from functools import wraps
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+from torch._guards import TracingContext
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.utils import _python_dispatch as dispatch
 from torch.utils import checkpoint
@@ -25,18 +30,33 @@ from ..backends import BACKENDS
 aten = torch.ops.aten
 _create_contexts = checkpoint.create_selective_checkpoint_contexts
 _apply_op_sac = activation_checkpoint._apply_op_sac
+_wrap_checkpointed = activation_checkpoint.ptd_checkpoint_wrapper
 _COUNTING = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
 _HOOKS = {name: getattr(FSDPState, name) for name in ("_pre_forward", "_post_forward")}
 
 
 def install() -> None:
-    """Let op-level selective checkpointing save NVFP4 GEMMs and pass over FSDP; once or more.
+    """Let checkpointing treat NVFP4 GEMMs as others, and pass over FSDP; once or more.
 
     Before the model is sharded.
     """
     activation_checkpoint._apply_op_sac = _apply_op_sac_seeing_gemms
+    if torch.__version__ < "2.13":
+        activation_checkpoint.ptd_checkpoint_wrapper = _wrap_recomputing_all
     for name, hook in _HOOKS.items():
         setattr(FSDPState, name, _uncounted(hook))
+
+
+@wraps(_wrap_checkpointed)
+def _wrap_recomputing_all(module, **kwargs):
+    # Op-level checkpointing has contexts of its own.
+    return _wrap_checkpointed(module, **{"context_fn": _contexts_recomputing_all, **kwargs})
+
+
+def _contexts_recomputing_all():
+    if TracingContext.try_get() is None:
+        return nullcontext(), nullcontext()
+    return _create_contexts(lambda *args, **kwargs: checkpoint.CheckpointPolicy.PREFER_RECOMPUTE)
 
 
 def _uncounted(hook):
