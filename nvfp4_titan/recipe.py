@@ -319,6 +319,8 @@ DEFAULT_RULES = (
     Rule("output", "bf16"),
     Rule("lm_head", "bf16"),
     Rule("*.lm_head", "bf16"),
+    Rule("lm_head.*", "bf16"),
+    Rule("*.lm_head.*", "bf16"),
 )
 """What stays in high precision in every recipe: routers and the lm head (paper, section 4.1)."""
 

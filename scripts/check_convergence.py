@@ -61,7 +61,7 @@ class Arguments:
     launch: bool = True
     """Off reads finished runs and starts none."""
     report: bool = True
-    """Off makes runs and judges nothing, for machines without matplotlib."""
+    """Off makes runs and judges nothing, as where only a part of them is made."""
     pack: Path | None = None
     """Write the finished runs into this .tar.gz, each as it ends, however far the check gets."""
     take: tuple[Path, ...] = ()
@@ -98,7 +98,7 @@ def _check(arguments: Arguments, options: tuple[str, ...]) -> int:
 
 
 def _report(arguments: Arguments, plan: Plan, found: Found) -> int:
-    # matplotlib is not needed before.
+    # matplotlib takes a second.
     from nvfp4_titan.convergence.report import passed, write_report
 
     limits = arguments.thresholds

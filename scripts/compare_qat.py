@@ -47,7 +47,7 @@ class Arguments:
     time_limit: float | None = None
     """Seconds after which the run in flight is saved and stopped (allow half a minute for it)."""
     plot: bool = True
-    """Off for machines without matplotlib."""
+    """Off writes no PNG."""
     commit: str | None = None
     """Commit of the source, where it is no git checkout."""
     table: tyro.conf.OmitArgPrefixes[TableOptions] = field(default_factory=TableOptions)

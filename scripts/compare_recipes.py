@@ -79,7 +79,7 @@ def _compare(arguments: Arguments, options: tuple[str, ...]) -> int:
 
 
 def _report(output: Path, found: Found) -> int:
-    # matplotlib is not needed before.
+    # matplotlib takes a second.
     from nvfp4_titan.convergence.results import write_results
 
     if found.errors:  # each was printed when it came

@@ -158,7 +158,7 @@ def _measured(folder: Path) -> dict:
         found |= {name: content[name] for name in ("device", "python", "versions")}
     begun = any(folder.glob("tb/*/events.out.tfevents.*"))
     recorded = read_scalars(folder) if begun else {}
-    if TRAIN_LOSS in recorded:
+    if recorded.keys() >= {TRAIN_LOSS, TOKENS_PER_SECOND, RESERVED_GIB, ACTIVE_GIB}:
         speeds = list(recorded[TOKENS_PER_SECOND].values())
         found |= {
             "losses": recorded[TRAIN_LOSS],

@@ -180,7 +180,7 @@ def grouped_gemms(
 
 
 def skewed(tokens: int, experts: int) -> list[int]:
-    """Group sizes, multiples of 16, that fall by a constant factor; the largest is 6.5 means."""
+    """Group sizes, multiples of 16, that fall by a constant factor: of 16 to 6.5 means."""
     weights = [0.6**e for e in range(experts)]
     sizes = [int(tokens * w / sum(weights)) // 16 * 16 for w in weights]
     sizes[0] += tokens - sum(sizes)

@@ -105,6 +105,8 @@ def unpack(archive: Path, folder: Path) -> list[str]:
             runs = [_run_of(member) for member in members]
             taken = sorted(name for name in set(runs) if not _finished(folder / name))
             chosen = [m for m, run in zip(members, runs, strict=True) if run in taken]
+            if linked := [name for name in taken if (folder / name).is_symlink()]:
+                raise tarfile.TarError(f"{folder / linked[0]} is a link: remove it first")
             for name in taken:
                 shutil.rmtree(folder / name, ignore_errors=True)  # an unfinished run's events
             # The request last: what says that a run has finished.
@@ -130,4 +132,7 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
 
 
 def _finished(folder: Path) -> bool:
-    return read_request(folder).get("finished", False)
+    try:
+        return read_request(folder).get("finished", False)
+    except ConfigError:
+        return False

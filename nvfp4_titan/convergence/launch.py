@@ -24,6 +24,7 @@ from ..toml import read_toml
 from .runs import Run, read_run
 
 REQUEST, LOG = "request.json", "log.txt"
+_UNFINISHED = f"{REQUEST}.unfinished"
 _CHECKPOINTS = "checkpoint"
 _ERROR = re.compile(rb"^error: (.*)$", re.MULTILINE)
 _STEP = re.compile(rb"step:\s+(\d+)\s.*?loss:\s+(\S+)")
@@ -84,7 +85,8 @@ class Job:
         """
         asked = self.folder / REQUEST
         if not asked.is_file():
-            if self.folder.exists() and any(self.folder.iterdir()):
+            files = self.folder.iterdir() if self.folder.exists() else ()
+            if any(file.name != _UNFINISHED for file in files):
                 raise ConfigError(
                     f"{self.folder} holds something else than a run: use another folder"
                 )
@@ -174,16 +176,26 @@ class Job:
 
 
 def read_request(folder: Path) -> dict:
-    """What the run in a folder was asked for, and whether it finished; {} where nothing says so."""
-    try:
-        return json.loads((folder / REQUEST).read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    """What the run in a folder was asked for, and whether it finished; {} where nothing says so.
+
+    Raises:
+        ConfigError: the file that should say so is damaged.
+    """
+    file = folder / REQUEST
+    if not file.is_file():
         return {}
+    try:
+        content = json.loads(file.read_text())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} is damaged: remove {folder} to make its run again")
+    return content
 
 
 def _write_request(folder: Path, request: dict) -> None:
     """Write it whole or not at all: other threads read it, and a disk may be full."""
-    unfinished = folder / f"{REQUEST}.unfinished"
+    unfinished = folder / _UNFINISHED
     unfinished.write_text(json.dumps(request))
     unfinished.replace(folder / REQUEST)
 

@@ -40,9 +40,10 @@ class Thresholds:
     divergence: float = 0.05
 
     def __post_init__(self):
-        for name in ("confidence", "final_fraction"):
-            if not 0 < (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} {value:g} must be between 0 and 1, such as 0.95")
+        if not 0 < self.confidence < 1:
+            raise ConfigError(f"confidence {self.confidence:g} must be between 0 and 1: try 0.95")
+        if not 0 < self.final_fraction <= 1:
+            raise ConfigError(f"final_fraction {self.final_fraction:g} must be over 0 and up to 1")
 
 
 @dataclass(frozen=True)

@@ -251,8 +251,9 @@ def parse(argv: list[str]) -> JobConfig:
         job_config = ConfigManager().parse_args(_complete(argv))
     except (ValueError, ImportError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        if "Invalid field names" in reason and "data: {'nvfp4'}" in reason:
-            raise without_settings("nvfp4") from error
+        unknown = reason.partition("Invalid field names")[2].partition(". Please")[0]
+        if missing := [name for name in ("nvfp4", "qat") if f"'{name}'" in unknown]:
+            raise without_settings(missing[0]) from error
         raise ConfigError(reason) from error
     _normalize(job_config)
     return job_config

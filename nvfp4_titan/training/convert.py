@@ -155,6 +155,7 @@ def _agreed(sites: list[_Site], choices: list[Choice]) -> list[Choice]:
         owners.setdefault((site.module, site.attribute), []).append(i)
     agreed = list(choices)
     for places in owners.values():
+        obstacles = [sites[i].obstacle for i in places if sites[i].obstacle]
         if len({choices[i].recipe for i in places}) == 1:
             continue
         ruled = [i for i in places if choices[i].reason.startswith("rule ")]
@@ -164,6 +165,10 @@ def _agreed(sites: list[_Site], choices: list[Choice]) -> list[Choice]:
                 f"one linear gets several recipes by its names {names}: let the rules agree"
             )
         first = (ruled or [i for i in places if not choices[i].recipe.quantized] or places)[0]
+        if obstacles and choices[first].recipe.quantized:
+            raise ConfigError(
+                f"{choices[first].reason} names {sites[first].names[0]}, which {obstacles[0]}"
+            )
         other = f"shared with {sites[first].names[0]} ({choices[first].reason})"
         for i in set(places) - {first}:
             agreed[i] = Choice(choices[first].recipe, other)
@@ -173,13 +178,15 @@ def _agreed(sites: list[_Site], choices: list[Choice]) -> list[Choice]:
 def _notes(selection: Selection, sites: list[_Site], blocks: dict[str, int]) -> tuple[str, ...]:
     """What of the defaults found nothing in this model."""
     notes = []
+    outside = [site for site in sites if not f"{site.names[0]}.".startswith(tuple(blocks))]
     if selection.bf16_last_fraction and not blocks:
         notes.append(
             "no numbered blocks (a ModuleList or ModuleDict) with linears: bf16_last_fraction "
             "keeps none; name the last linears in rules"
         )
-    heads = [rule for rule in DEFAULT_RULES if rule.glob.endswith(("output", "lm_head"))]
-    if not any(rule.matches(site.names) for rule in (*heads, *selection.rules) for site in sites):
+    heads = [rule for rule in DEFAULT_RULES if "output" in rule.glob or "lm_head" in rule.glob]
+    decided = (*heads, *selection.rules)
+    if not any(rule.matches(site.names) for rule in decided for site in outside):
         notes.append(
             "nothing is named as an lm head (output, lm_head): if the model has one, keep it with "
             "a rule such as head=bf16"
@@ -202,7 +209,7 @@ def _children(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
     """(FQN, parent, child) of every registration of a module, repeated ones included."""
     return [
         (f"{fqn}.{name}" if fqn else name, parent, child)
-        for fqn, parent in model.named_modules()
+        for fqn, parent in model.named_modules(remove_duplicate=False)
         for name, child in parent._modules.items()
         if child is not None
     ]
@@ -230,9 +237,10 @@ def _experts(model: nn.Module) -> list[_Site]:
         top_k = getattr(router, "top_k", 1)
         experts = expert_weights(module)
         for name, weight in module.named_parameters(recurse=False):
-            # (1, ...) is an embedding of positions or a token.
-            if weight.dim() != 3 or len(weight) == 1 or isinstance(module, _CONVOLUTIONS):
+            if weight.dim() != 3 or isinstance(module, _CONVOLUTIONS):
                 continue
+            if len(weight) == 1 and name not in experts:
+                continue  # an embedding of positions or a token
             obstacle = None
             if type(weight) is not nn.Parameter:
                 obstacle = f"its weight is a {type(weight).__name__}, not a plain parameter"
@@ -287,11 +295,12 @@ def _blocks(model: nn.Module, sites: list[_Site]) -> dict[str, int]:
     """FQN prefixes of the transformer blocks, "layers.0." and so on, with their index.
 
     The blocks are the children of the ModuleList or ModuleDict whose children are numbered and
-    spend the most FLOPs, of a decoder more than of its encoder, among equals of the longest; none
-    where there is no such container (a plain nn.Sequential is a function, not a stack of blocks).
+    spend the most FLOPs, of a decoder more than of its encoder, among equals of the longest. One of
+    linears may be heads: it counts only where there is no other. There are none in a plain
+    nn.Sequential, which is a function and not a stack of blocks.
     """
     found = []
-    for fqn, module in model.named_modules():
+    for fqn, module in model.named_modules(remove_duplicate=False):
         names = list(module._modules)
         stack = isinstance(module, nn.ModuleList | nn.ModuleDict)
         if not stack or isinstance(module, ParametrizationList) or not names:
@@ -300,10 +309,11 @@ def _blocks(model: nn.Module, sites: list[_Site]) -> dict[str, int]:
             prefix = f"{fqn}." if fqn else ""
             inside = [site for site in sites if site.names[0].startswith(prefix)]
             flops = sum(site.flops_per_token for site in inside)
-            ordered = sorted(names, key=int)
-            found.append((flops, len(names), {f"{prefix}{n}.": i for i, n in enumerate(ordered)}))
-    most = max(found, key=lambda item: item[:2], default=(0, 0, {}))
-    return most[2] if most[0] else {}
+            holds = not all(isinstance(child, nn.Linear) for child in module.children())
+            order = {f"{prefix}{n}.": i for i, n in enumerate(sorted(names, key=int))}
+            if flops:
+                found.append((holds, flops, len(names), order))
+    return max(found, key=lambda item: item[:3])[3] if found else {}
 
 
 def _check_rules(selection: Selection, sites: list[_Site]) -> None:

@@ -242,8 +242,9 @@ def _intercepted_matmul(input, other) -> torch.Tensor:
     x, w = input, other
     if not isinstance(w, ExpertWeight) or w.dim() != 2:
         raise UnsupportedError(
-            "NVFP4 experts take matmul(x, w) with one expert's (K, N) weight on the right: keep "
-            "these experts in high precision with a rule or nvfp4.experts = false"
+            "NVFP4 experts take matmul(x, w) with one expert's (K, N) weight on the right, or "
+            "linear(x, w) with its (N, K) weight: keep these experts in high precision with a rule "
+            "or nvfp4.experts = false"
         )
     if x.shape[-1] != w.shape[0]:
         raise ConfigError(
@@ -272,9 +273,6 @@ class WrappingExperts:
     being_observed = False
     """Both as NVFP4Linear's; operands by weight name."""
 
-    # A compiler sees the gradients of wrapped weights, which are plain, and fails. torchtitan
-    # compiles the function inside alone.
-    @torch.compiler.disable
     def forward(self, *args, **kwargs):
         """Run the module's own forward, reading converted weights wrapped; never compiled whole."""
         self._wrapping = True
@@ -365,7 +363,10 @@ def _new_instance(base: type[nn.Module]) -> nn.Module:
 
 @cache
 def _wrapping_class(base: type[nn.Module]) -> type[nn.Module]:
-    return type(f"NVFP4{base.__name__}", (WrappingExperts, base), {})
+    # A compiler sees the gradients of wrapped weights, which are plain, and fails. torchtitan
+    # compiles the function inside alone.
+    forward = torch.compiler.disable(WrappingExperts.forward)
+    return type(f"NVFP4{base.__name__}", (WrappingExperts, base), {"forward": forward})
 
 
 def expert_weights(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -54,9 +54,20 @@ def test_an_archive_made_by_hand(tmp_path):
     assert (runs / "kept" / REQUEST).is_file()
 
 
-def test_a_request_that_was_cut_off_is_no_finished_run(tmp_path):
-    (finished(tmp_path / "torn") / REQUEST).write_text('{"fini')
+@pytest.mark.parametrize("content", ['{"fini', "[]", "null"])
+def test_a_damaged_request_is_no_finished_run(tmp_path, content):
+    (finished(tmp_path / "torn") / REQUEST).write_text(content)
     assert pack([tmp_path / "torn", finished(tmp_path / "a")], tmp_path / "x.tar.gz") == ["a"]
+
+
+def test_a_folder_that_is_a_link_is_not_written_through(tmp_path):
+    pack([finished(tmp_path / "a")], tmp_path / "x.tar.gz")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "a").symlink_to(tmp_path / "disk")
+    with pytest.raises(ConfigError, match="is a link"):
+        unpack(tmp_path / "x.tar.gz", tmp_path / "runs")
+    assert not list((tmp_path / "disk").iterdir())
 
 
 @pytest.mark.parametrize("name", ["../outside/x", "/tmp/../outside/x", "/x/y", "./..", "loose"])

@@ -38,6 +38,24 @@ def test_a_value_counts(job):
         job.finished()
 
 
+def test_a_damaged_request_loses_nothing(job):
+    (job.folder / "checkpoint" / "step-500").mkdir(parents=True)
+    (job.folder / REQUEST).write_text('{"conf')
+    with pytest.raises(ConfigError, match=f"{REQUEST} is damaged: remove"):
+        job.run()
+    assert (job.folder / "checkpoint" / "step-500").is_dir()
+
+
+def test_a_request_that_could_not_be_written(job, monkeypatch):
+    """The disk was full; with room again the run begins."""
+    (job.folder / REQUEST).rename(job.folder / f"{REQUEST}.unfinished")
+    assert not job.finished()
+    monkeypatch.setattr(Job, "command", lambda job: [sys.executable, "-c", "1 / 0"])
+    with pytest.raises(ConfigError, match="failed"):
+        job.run()
+    assert json.loads((job.folder / REQUEST).read_text()) == job.request()
+
+
 def test_a_failure_says_why(job, monkeypatch):
     program = "import sys; print('step: 1'); sys.exit('error: rule x is wrong')"
     monkeypatch.setattr(Job, "command", lambda job: [sys.executable, "-c", program])

@@ -206,7 +206,7 @@ def test_variants():
             parse_variant(wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"confidence": 95}, {"confidence": 0}, {"final_fraction": 1}])
+@pytest.mark.parametrize("wrong", [{"confidence": 95}, {"confidence": 0}, {"final_fraction": 0}])
 def test_thresholds_that_make_no_sense(wrong):
-    with pytest.raises(ConfigError, match="must be between 0 and 1"):
+    with pytest.raises(ConfigError, match="must be (between|over) 0"):
         Thresholds(**wrong)

@@ -131,8 +131,12 @@ def test_a_config_module_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     argv = [f"--job.config_file={CONFIG}", "--model.converters=nvfp4"]
-    with pytest.raises(UserError, match="your own config module derive from"):
-        preflight([*argv, "--job.custom_config_module=plain_config"], 1)
+    text = CONFIG.read_text()
+    (tmp_path / "both.toml").write_text(text + '[qat]\nrecipe = "mxfp8"\n')
+    for config in (CONFIG, tmp_path / "both.toml"):
+        own = [f"--job.config_file={config}", "--job.custom_config_module=plain_config"]
+        with pytest.raises(UserError, match="your own config module derive from"):
+            preflight([*argv[1:], *own], 1)
     found = preflight([*argv, "--job.custom_config_module=derived_config"], 1)
     assert found.nvfp4.recipe == "nvfp4" and hasattr(found, "mine")
 

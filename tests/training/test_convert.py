@@ -197,6 +197,50 @@ def test_blocks_are_where_the_flops_are(extra):
     assert "nothing is named as an lm head" in str(report)
 
 
+@pytest.mark.parametrize("name", ["heads", "lm_head"])
+def test_a_list_of_heads_is_no_stack_of_blocks(name):
+    model = nn.Module()
+    model.layers = nn.ModuleList(Block() for _ in range(4))
+    setattr(model, name, nn.ModuleList(nn.Linear(32, 4096) for _ in range(4)))
+    report = convert(model, backend="reference")
+    kept = {fqn.rpartition(".")[0] for fqn in report.kept}
+    assert kept == ({"layers.3", "lm_head"} if name == "lm_head" else {"layers.3"})
+    assert ("nothing is named as an lm head" in str(report)) == (name == "heads")
+
+
+def test_a_rule_within_the_blocks_does_not_hide_that_no_head_was_found():
+    model = nn.Module()
+    model.layers = nn.ModuleList(Block() for _ in range(4))
+    assert "as an lm head" in str(convert(model, rules=["layers.0.wq=mxfp8"], backend="reference"))
+
+
+def test_one_block_that_is_registered_several_times():
+    model, block = nn.Module(), Block()
+    model.layers = nn.ModuleList([block] * 3)
+    model.first = nn.Linear(32, 32)
+    report = convert(model, rules=["layers.1.wq=mxfp8"], backend="reference")
+    assert block.wq.recipe.name == "mxfp8" and "layers.1.wq" in report.converted
+    others = {name for name, child in block.named_children() if name != "wq"}
+    assert {f"layers.2.{name}" for name in others} <= set(report.kept)  # the tail's
+
+
+def test_blocks_that_two_lists_hold():
+    model = nn.Module()
+    blocks = [Block() for _ in range(6)]
+    model.draft = nn.ModuleList(blocks[:4])
+    model.layers = nn.ModuleList(blocks)
+    report = convert(model, bf16_last_fraction=0.3, backend="reference")
+    assert {fqn.split(".")[1] for fqn in report.kept} == {"4", "5"}
+
+
+def test_a_rule_for_another_name_passes_over_no_obstacle():
+    model = nn.Module()
+    model.encoder = nn.TransformerEncoderLayer(32, 2, 64)
+    model.other = model.encoder.linear1
+    with pytest.raises(ConfigError, match="rule other names other, which is read by"):
+        convert(model, rules=["other=nvfp4"], backend="reference")
+
+
 def test_a_model_without_blocks_says_that_none_are_kept():
     report = convert(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), backend="reference")
     assert not report.kept and "bf16_last_fraction keeps none" in str(report)
@@ -228,6 +272,9 @@ def test_embeddings_of_three_dims_are_no_experts():
     model.positions = nn.Parameter(torch.zeros(1, 4096, 32))
     report = convert(model, backend="reference")
     assert report.flops_share == 1 and len(report.entries) == 1
+    model = nn.Sequential(nn.Linear(32, 32))
+    model.num_experts, model.one = 1, nn.Parameter(torch.zeros(1, 48, 32))
+    assert "one" in convert(model, backend="reference").converted
 
 
 def test_blocks_among_other_numbered_containers():
