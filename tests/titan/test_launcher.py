@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -131,7 +132,7 @@ def test_a_config_module_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     argv = [f"--job.config_file={CONFIG}", "--model.converters=nvfp4"]
-    text = CONFIG.read_text()
+    text = Path(CONFIG).read_text()
     (tmp_path / "both.toml").write_text(text + '[qat]\nrecipe = "mxfp8"\n')
     for config in (CONFIG, tmp_path / "both.toml"):
         own = [f"--job.config_file={config}", "--job.custom_config_module=plain_config"]
