@@ -176,6 +176,7 @@ def _traced(job_config: JobConfig, world_size: int) -> Estimate:
     activation_checkpoint.install()
     with _balanced_experts(), _experts_compiled_here():
         model, _ = sharded_model(job_config, dims, _traceable_args(job_config))
+        _check_inputs(model, job_config.model.name)
         less = _fp4_savings(model)
         tracker, activations, gathered = _trace_step(model, job_config, dims, compiled)
     parameters = local_bytes(model)
@@ -190,6 +191,16 @@ def _traced(job_config: JobConfig, world_size: int) -> Estimate:
         traffic=dict(tracker.traffic),
         fp4_all_gather=None if less is None else tracker.traffic["all_gather"] - less,
     )
+
+
+def _check_inputs(model: nn.Module, name: str) -> None:
+    parameters = inspect.signature(model.forward).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    if len(needed) != 1:
+        raise UnsupportedError(
+            f"{name} cannot be estimated: its forward takes {', '.join(needed)}, and tokens alone "
+            "are traced"
+        )
 
 
 def _trace_step(

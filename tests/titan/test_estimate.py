@@ -277,3 +277,12 @@ def test_what_is_not_estimated_is_refused(tmp_path):
         estimate(job, 4)
     with pytest.raises(ConfigError, match="--ranks 0: give 1 or more"):
         compare(tmp_path / "job.toml", 0, ())
+
+
+def test_a_model_that_takes_more_than_tokens_is_named(tmp_path):
+    from nvfp4_titan.titan.estimate import estimate
+
+    job = config("llama3", tmp_path)
+    job.model.name, job.model.flavor = "gpt_oss", "debugmodel"
+    with pytest.raises(UnsupportedError, match="gpt_oss cannot be estimated: .*attention_masks"):
+        estimate(job, WORLD, device="cpu")

@@ -249,15 +249,15 @@ def test_a_model_without_blocks_says_that_none_are_kept():
 @pytest.mark.parametrize(
     ("weight", "reason"),
     [
-        (torch.zeros(8, 8, dtype=torch.int8), "torch.int8"),
-        (torch.zeros(8, 8, dtype=torch.complex64), "torch.complex64"),
-        (torch.zeros(0, 8), "without elements"),
-        (torch.eye(8).to_sparse_csr(), "torch.sparse_csr"),
+        (lambda: torch.zeros(8, 8, dtype=torch.int8), "torch.int8"),
+        (lambda: torch.zeros(8, 8, dtype=torch.complex64), "torch.complex64"),
+        (lambda: torch.zeros(0, 8), "without elements"),
+        (lambda: torch.eye(8).to_sparse_csr(), "torch.sparse_csr"),
     ],
 )
 def test_weights_that_no_gemm_takes_stay(weight, reason):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
-    model[1].weight = nn.Parameter(weight, requires_grad=False)
+    model[1].weight = nn.Parameter(weight(), requires_grad=False)
     report = convert(model, backend="reference")
     assert report.kept == ("1",) and reason in str(report)
 
