@@ -153,10 +153,11 @@ def run_all(
     deadline = None if time_limit is None else time.monotonic() + time_limit
     jobs, found = plan.jobs(), Found()
     todo = {key: job for key, job in jobs.items() if not job.finished()}
+    made: dict[tuple[str, int], Run | ConfigError] = {}
     if todo:
         check_time_limit(time_limit)
-    progress = Progress(plan.steps(), len(todo))
-    made = run_jobs(todo, slots, deadline, progress, ended) if todo else {}
+        progress = Progress(plan.steps(), len(todo))
+        made = run_jobs(todo, slots, deadline, progress, ended)
     if left := len(todo) - len(made):
         raise OutOfTime(f"{left} of {len(jobs)} runs are left: start again to go on")
     for key, job in jobs.items():

@@ -12,7 +12,7 @@ from torchtitan.tools.logging import logger
 
 from ..errors import ConfigError, UnsupportedError
 from . import cpu_runtime
-from .converter import check_cuda_graphs, check_settings, without_settings
+from .converter import OURS, check_cuda_graphs, check_settings, without_settings
 from .datasets import dataset_corpus
 from .qat import check_qat
 from .sharding import parallel_dims
@@ -75,10 +75,11 @@ def _check_types(section, path: str = "") -> None:
 
 def _warn_of_unused(job_config: JobConfig) -> None:
     """Say which settings of a converter do nothing, as it is not asked for."""
-    for converter in ("nvfp4", "qat"):
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for converter in OURS:
         settings = getattr(job_config, converter, None)
-        unused = converter not in job_config.model.converters
-        if settings is None or not unused or os.environ.get("RANK", "0") != "0":
+        if settings is None or converter in job_config.model.converters:
             continue
         default = type(settings)()
         names = [
@@ -104,9 +105,9 @@ def _check_model(model) -> None:
             f"{', '.join(flavors)}"
         )
     for name in model.converters:
-        if name in ("nvfp4", "qat") and name not in CONVERTERS:
-            raise without_settings(name)
         if name not in CONVERTERS:
+            if name in OURS:
+                raise without_settings(name)
             raise ConfigError(f"converter {name!r} is unknown: use one of {', '.join(CONVERTERS)}")
 
 

@@ -207,6 +207,10 @@ def align_token_groups() -> None:
         logger.info(f"Token groups of experts are aligned to {BLOCK} (from {current})")
 
 
+OURS = ("nvfp4", "qat")
+"""Names of this project's converters, and of their sections."""
+
+
 def without_settings(converter: str) -> ConfigError:
     """What to say where a job's config module does not know a converter of ours."""
     return ConfigError(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..convergence.launch import Job, read_request
-from ..convergence.runs import Run, read_run
+from ..convergence.runs import Run
 from ..deploy import get_deploy_recipe
 from ..deploy.table import TableOptions
 from ..errors import OutOfTime
@@ -60,18 +60,17 @@ class Comparison:
         control = ("--model.converters", "")
         base = self._run("base", self.options.base_steps, control)
         tuned = self._run("bf16", self.options.tune_steps, (*control, *self._tuning))
-        bf16 = self._evaluate("bf16", "bf16")
+        bf16 = self._evaluate(tuned, "bf16")
         for recipe in recipes:
-            name = f"qat_{recipe}"
             converter = ("--model.converters=qat", f"--qat.recipe={recipe}")
-            run = self._run(name, self.options.tune_steps, (*converter, *self._tuning))
+            run = self._run(f"qat_{recipe}", self.options.tune_steps, (*converter, *self._tuning))
             seconds = {"bf16": tuned.seconds_per_step, "QAT": run.seconds_per_step}
             yield (
                 recipe,
                 {
                     "bf16": bf16,
-                    "PTQ": self._evaluate("bf16", recipe),
-                    "QAT": self._evaluate(name, recipe),
+                    "PTQ": self._evaluate(tuned, recipe),
+                    "QAT": self._evaluate(run, recipe),
                     "seconds_per_step": seconds,
                     "step_time_ratio": seconds["QAT"] / seconds["bf16"],
                     "base_validation_loss": base.validation[max(base.validation)],
@@ -112,10 +111,10 @@ class Comparison:
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise OutOfTime("the time limit came first: call it again to go on")
 
-    def _evaluate(self, run: str, recipe: str) -> dict:
+    def _evaluate(self, run: Run, recipe: str) -> dict:
         """Finalize a run with a recipe and evaluate that, once."""
         self._check_time()
-        target = self.folder / f"final_{run}_{recipe}"
+        target = self.folder / f"final_{run.folder.name}_{recipe}"
         options = self.options
         given = {
             "dataset": options.dataset,
@@ -126,17 +125,20 @@ class Comparison:
         }
         finalizing = FinalizeOptions(
             recipe,
-            dtype=_dtype(self.folder / run),
+            # What the run multiplied in, so that the deployed model does too.
+            dtype=run.record["config"]["training"]["mixed_precision_param"],
             calibration_dataset=options.calibration_dataset,
             seq_len=options.seq_len,
             device=options.device,
         )
-        made_from = {"run": _identity(self.folder / run), "finalize": repr(finalizing)}
+        # A run that is made again is another.
+        source = [read_request(run.folder), run.record["started"]]
+        made_from = {"run": source, "finalize": repr(finalizing)}
         done = self.folder / f"{target.name}.json"
         kept = json.loads(done.read_text()) if done.is_file() else {}
         if kept.get("made_from") != made_from or not target.exists():
             shutil.rmtree(target, ignore_errors=True)
-            finalize(self.folder / run, target, finalizing)
+            finalize(run.folder, target, finalizing)
             kept = {"made_from": made_from}
             done.write_text(json.dumps(kept))
         if kept.get("options") != given:
@@ -144,13 +146,3 @@ class Comparison:
             kept |= {"options": given, "result": result}
             done.write_text(json.dumps(kept))
         return kept["result"]
-
-
-def _identity(run: Path) -> list:
-    """What a run was asked for, and when it began: one that is made again is another."""
-    return [read_request(run), read_run(run).record["started"]]
-
-
-def _dtype(run: Path) -> str:
-    """What a run multiplied in, so that the deployed model does too."""
-    return read_run(run).record["config"]["training"]["mixed_precision_param"]

@@ -23,6 +23,7 @@ from . import activation_checkpoint, cpu_runtime, record
 from .checkpoints import choose_step
 from .checks import check
 from .converter import (
+    OURS,
     check_gathers,
     convert_by_settings,
     schedule,
@@ -252,7 +253,7 @@ def parse(argv: list[str]) -> JobConfig:
     except (ValueError, ImportError, AttributeError) as error:
         reason = " ".join(str(error).split())
         unknown = reason.partition("Invalid field names")[2].partition(". Please")[0]
-        if missing := [name for name in ("nvfp4", "qat") if f"'{name}'" in unknown]:
+        if missing := [name for name in OURS if f"'{name}'" in unknown]:
             raise without_settings(missing[0]) from error
         raise ConfigError(reason) from error
     _normalize(job_config)

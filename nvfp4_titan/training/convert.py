@@ -155,7 +155,6 @@ def _agreed(sites: list[_Site], choices: list[Choice]) -> list[Choice]:
         owners.setdefault((site.module, site.attribute), []).append(i)
     agreed = list(choices)
     for places in owners.values():
-        obstacles = [sites[i].obstacle for i in places if sites[i].obstacle]
         if len({choices[i].recipe for i in places}) == 1:
             continue
         ruled = [i for i in places if choices[i].reason.startswith("rule ")]
@@ -165,6 +164,7 @@ def _agreed(sites: list[_Site], choices: list[Choice]) -> list[Choice]:
                 f"one linear gets several recipes by its names {names}: let the rules agree"
             )
         first = (ruled or [i for i in places if not choices[i].recipe.quantized] or places)[0]
+        obstacles = [sites[i].obstacle for i in places if sites[i].obstacle]
         if obstacles and choices[first].recipe.quantized:
             raise ConfigError(
                 f"{choices[first].reason} names {sites[first].names[0]}, which {obstacles[0]}"
