@@ -11,7 +11,7 @@ from ..backends import resolve
 from ..errors import ConfigError, UnsupportedError
 from ..formats import BLOCK
 from ..recipe import Change, Selection, get_recipe, parse_rules, parse_schedule
-from ..training import NVFP4Linear, Report, convert, refresh_weights, track_weights
+from ..training import Report, convert, keep_no_codes, refresh_weights, track_weights
 from ..training.experts import WrappingExperts
 from ..training.report import EXPERTS
 from . import activation_checkpoint, record
@@ -66,13 +66,6 @@ class NVFP4Converter(ModelConverter):
         """The weights changed: take their amaxes again."""
         for part in model if isinstance(model, list) else [model]:
             refresh_weights(part)
-
-
-def keep_no_codes(model: nn.Module) -> None:
-    """Have backward quantize weights that FSDP gathers again, in place of keeping their codes."""
-    for module in model.modules():
-        if isinstance(module, NVFP4Linear | WrappingExperts):
-            module.requantize = True
 
 
 def frees_weights(job_config: JobConfig, parallel_dims: ParallelDims) -> bool:

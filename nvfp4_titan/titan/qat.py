@@ -8,13 +8,12 @@ from torchtitan.tools.logging import logger
 
 from ..deploy import get_deploy_recipe, prepare
 from ..errors import ConfigError, UnsupportedError
-from ..training import Report, refresh_weights, track_weights
+from ..training import Report, keep_no_codes, refresh_weights, track_weights
 from . import activation_checkpoint, record
 from .converter import (
     align_token_groups,
     frees_weights,
     has_converted_experts,
-    keep_no_codes,
     without_settings,
 )
 from .families import FAMILIES, FUSED

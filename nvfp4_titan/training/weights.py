@@ -115,6 +115,13 @@ def invalidate_weights(model: nn.Module) -> None:
         state.fresh = False
 
 
+def keep_no_codes(model: nn.Module) -> None:
+    """Have backward quantize weights that FSDP gathers again, in place of keeping their codes."""
+    for module in model.modules():
+        if isinstance(module, NVFP4Linear | WrappingExperts):
+            module.requantize = True
+
+
 def refresh_weights(model: nn.Module) -> None:
     """Take the amaxes of a tracked model again, now that its weights changed; on all ranks alike.
 

@@ -24,8 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nvfp4_titan import convert
 from nvfp4_titan.distributed import amax_in_dtypes, amax_of_uses, fsdp_records
 from nvfp4_titan.distributed.fp4_gather import QuantizingShard
-from nvfp4_titan.training import NVFP4Linear, refresh_weights, track_weights
-from nvfp4_titan.training.experts import WrappingExperts
+from nvfp4_titan.training import keep_no_codes, refresh_weights, track_weights
 
 DIM, HIDDEN, EXPERTS, STEPS = 64, 96, 4, 3
 VARIANTS = ("plain", "tracked", "gathered", "kept", "requantized", "offloaded", "compiled")
@@ -73,9 +72,7 @@ def build(variant, mesh):
     model = Model().to(mesh.device_type)
     convert(model, bf16_last_fraction=0, backend="reference")
     if variant == "requantized":
-        for module in model.modules():
-            if isinstance(module, NVFP4Linear | WrappingExperts):
-                module.requantize = True
+        keep_no_codes(model)
     if variant == "compiled":
         for layer in model.layers:
             layer.compile(backend="aot_eager", fullgraph=True)
