@@ -4,23 +4,26 @@
     scripts/bench_train.py --output docs/results/bench_train
 
 Writes OUTPUT.json (a list of rows) and OUTPUT.png; the runs' own folders lie in --folder. With
-NGPU=N each run takes N GPUs, as scripts/run_train.sh does.
+NGPU=N each run takes N GPUs, as scripts/run_train.sh does. Options after -- go to every run.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import tyro
 
 from nvfp4_titan.bench import Environment, print_table, require_gpu, write
 from nvfp4_titan.bench.training import bench_train
-from nvfp4_titan.command import reporting
+from nvfp4_titan.command import reporting, split_options
 
 CONFIGS = Path(__file__).parents[1] / "train_configs"
 
 
 @reporting
 def main(
+    options: tuple[str, ...],
+    /,
     output: Path = Path("outputs/bench_train"),
     folder: Path = Path("outputs/bench_train_runs"),
     configs: tuple[Path, ...] = (CONFIGS / "llama3_1b.toml", CONFIGS / "deepseek_v3_200m.toml"),
@@ -37,11 +40,12 @@ def main(
         repeats: Runs of each; a row has their median.
     """
     require_gpu()
-    rows = bench_train(list(configs), folder, steps, repeats)
+    rows = bench_train(list(configs), folder, steps, repeats, options)
     print_table(rows)
     write(rows, output, "ratio_to_bf16", "Training, tokens per second", Environment.current())
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    own, options = split_options(sys.argv[1:])
+    sys.exit(tyro.cli(partial(main, options), args=own))

@@ -33,7 +33,9 @@ def check_new(folder: Path) -> None:
         raise ConfigError(f"{folder} is not empty: give another --folder for the runs")
 
 
-def options(config: Path, folder: Path, steps: int, variant: str) -> list[str]:
+def options(
+    config: Path, folder: Path, steps: int, variant: str, given: tuple[str, ...] = ()
+) -> list[str]:
     """Torchtitan's command line of one run.
 
     Args:
@@ -41,22 +43,27 @@ def options(config: Path, folder: Path, steps: int, variant: str) -> list[str]:
         folder: Dump folder, new.
         steps: Training steps.
         variant: Key of VARIANTS.
+        given: Further options.
     """
     return [
         *("--job.config_file", str(config), "--job.dump_folder", str(folder)),
         *("--training.steps", str(steps), "--metrics.log_freq", "1"),
         *("--validation.no-enable", "--checkpoint.no-enable"),
         *VARIANTS[variant],
+        *given,
     ]
 
 
-def run(config: Path, folder: Path, steps: int, variant: str) -> dict[str, float]:
-    """Train once; tokens per second of a GPU and its peak memory.
+def run(
+    config: Path, folder: Path, steps: int, variant: str, given: tuple[str, ...] = ()
+) -> dict[str, float]:
+    """Train once, arguments as of `options`; tokens per second of a GPU and its peak memory.
 
     Raises:
         ConfigError: the run failed.
     """
-    command = [sys.executable, "-m", "nvfp4_titan.train", *options(config, folder, steps, variant)]
+    arguments = options(config, folder, steps, variant, given)
+    command = [sys.executable, "-m", "nvfp4_titan.train", *arguments]
     folder.mkdir(parents=True)
     log = folder / "log.txt"
     with log.open("w") as stream:
@@ -75,7 +82,8 @@ def bench_train(
     folder: Path,
     steps: int,
     repeats: int,
-    train: Callable[[Path, Path, int, str], dict[str, float]] = run,
+    given: tuple[str, ...] = (),
+    train: Callable[[Path, Path, int, str, tuple[str, ...]], dict[str, float]] = run,
 ) -> list[BenchRow]:
     """Train each config with and without NVFP4; rows with tokens_per_s, peak_gib, ratio_to_bf16.
 
@@ -84,6 +92,7 @@ def bench_train(
         folder: For the runs' dump folders.
         steps: Training steps of a run, more than WARMUP_STEPS.
         repeats: Runs of each variant; the row has the median.
+        given: torchtitan's options for every run; part of the rows' case.
         train: Trains once.
 
     Raises:
@@ -97,8 +106,9 @@ def bench_train(
         results: dict[str, list[dict]] = {name: [] for name in VARIANTS}
         for i, name in enumerate(schedule(list(VARIANTS), repeats, seed=0)):
             dump = folder / f"{config.stem}_{i}_{name}"
-            results[name].append(train(config, dump, steps, name))
+            results[name].append(train(config, dump, steps, name, given))
+        case = " ".join([config.stem, *given])
         for name, runs in results.items():
             values = {key: median(run[key] for run in runs) for key in runs[0]}
-            rows.append(BenchRow(name, config.stem, {"steps": steps, "repeats": repeats}, values))
+            rows.append(BenchRow(name, case, {"steps": steps, "repeats": repeats}, values))
     return ratios(rows, "bf16", "ratio_to_bf16", lambda row: row.values["tokens_per_s"])

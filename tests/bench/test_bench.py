@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -106,19 +107,22 @@ def test_the_plain_recipe_is_the_recipe(monkeypatch):
 def test_training_runs_are_compared(tmp_path):
     calls = []
 
-    def train(config, folder, steps, variant):
+    def train(config, folder, steps, variant, given):
+        assert given == ("--training.seq_len=64",)
         calls.append((config.stem, variant, folder))
         return {"tokens_per_s": 100.0 if variant == "bf16" else 86.0, "peak_gib": 10.0}
 
     configs = [Path("a.toml"), Path("b.toml")]
-    compared = training.bench_train(configs, tmp_path, 20, 3, train)
+    bench = partial(training.bench_train, given=("--training.seq_len=64",), train=train)
+    compared = bench(configs, tmp_path, 20, 3)
+    assert {row.case for row in compared} == {f"{c} --training.seq_len=64" for c in "ab"}
     assert len(calls) == 12 and len({folder for *_, folder in calls}) == 12
     assert [row.values["ratio_to_bf16"] for row in compared] == [1, 0.86] * 2
     (tmp_path / "of_an_earlier_call").mkdir()
     with pytest.raises(ConfigError, match="is not empty"):
-        training.bench_train(configs, tmp_path, 20, 3, train)
+        bench(configs, tmp_path, 20, 3)
     with pytest.raises(ConfigError, match="must be more than 10"):
-        training.bench_train(configs, tmp_path, 10, 1, train)
+        bench(configs, tmp_path, 10, 1)
 
 
 def test_a_failing_run_names_its_log(tmp_path):
