@@ -41,6 +41,7 @@ PIECE = 8192
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
+_RECORD = "corpus.json"
 _HASHED_BYTES = 2**20
 
 _TEST_FOLDERS = {"test", "tests", "idle_test", "__pycache__"}
@@ -112,8 +113,23 @@ def build(name: str, roots: Iterable[str]) -> Corpus:
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
     target = cache_root() / f"{name}-v{VERSION}-{digest}"
     _make_once(target, lambda folder: _write_corpus(folder, [path for path, *_ in listing], roots))
-    fields = json.loads((target / "corpus.json").read_text())
-    return Corpus(target, **fields)
+    return made(target)
+
+
+def is_made(folder: Path | str) -> bool:
+    """Whether a folder is a corpus that `build` made, or a copy of one."""
+    return Path(folder, _RECORD).is_file() and Path(folder, MANIFEST).is_file()
+
+
+def made(folder: Path | str) -> Corpus:
+    """The corpus in a folder that `build` made, or in a copy of one from another machine.
+
+    Raises:
+        ConfigError: its files are not those of its manifest.
+    """
+    if not _intact(folder := Path(folder)):
+        raise ConfigError(f"the corpus in {folder} is damaged: copy it again")
+    return Corpus(folder, **json.loads((folder / _RECORD).read_text()))
 
 
 def tokenizer_path() -> Path:
@@ -180,7 +196,7 @@ def _write_corpus(folder: Path, paths: list[str], roots: list[str]) -> None:
         "pieces": {split: len(found[split]) for split in SPLITS},
         "bytes": {s: sum(len(piece.encode()) for piece in found[s].values()) for s in SPLITS},
     }
-    (folder / "corpus.json").write_text(json.dumps(record, indent=2))
+    (folder / _RECORD).write_text(json.dumps(record, indent=2))
 
 
 def _digest(text: str) -> str:

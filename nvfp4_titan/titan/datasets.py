@@ -1,7 +1,8 @@
 """Registers the corpora with torchtitan: `stdlib`, `pysource`, and their `_validation` splits.
 
 Named wherever torchtitan takes `training.dataset` or `validation.dataset`. With `dataset_path` they
-take their Python files from that folder instead.
+take their Python files from that folder instead, or the corpus itself, where the folder is one that
+was made before (of the cache, or copied from another machine's).
 """
 
 import os
@@ -24,7 +25,8 @@ def dataset_corpus(dataset: str, path: str | None) -> corpus.Corpus | None:
         return None
     if path is None or path == _built_in(name):
         return corpus.build(name, _ROOTS[name]())
-    return corpus.build("folder", [os.path.expanduser(path)])
+    folder = os.path.expanduser(path)
+    return corpus.made(folder) if corpus.is_made(folder) else corpus.build("folder", [folder])
 
 
 def _built_in(name: str) -> str:

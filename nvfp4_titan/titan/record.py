@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.components.metrics import TensorBoardLogger
 from torchtitan.tools import utils
 
+from ..errors import ConfigError
 from ..training import Report
 from ..version import __version__
 from . import corpus
@@ -28,9 +29,47 @@ PACKAGES = ("torch", "torchtitan", "torchao", "triton", "datasets", "tokenizers"
 
 
 def clear(job_config) -> None:
-    """Remove the files of an earlier run in the same dump folder, which may not fit this one."""
-    for name in (FILE, CONVERSION_FILE, EXPERTS_FILE, NUMERICS_FILE):
-        Path(job_config.job.dump_folder, name).unlink(missing_ok=True)
+    """Remove what an earlier start in the same dump folder said of itself: it may not fit this."""
+    _remove(job_config, FILE, CONVERSION_FILE)
+
+
+def clear_outcomes(job_config) -> None:
+    """Remove what an earlier start found; where no step is left to train it stands."""
+    _remove(job_config, EXPERTS_FILE, NUMERICS_FILE)
+
+
+def check_text(job_config) -> None:
+    """Check that a run that resumes goes on with the text and the tokenizer of its record.
+
+    A corpus of the files of this machine changes with them. A dataset that was changed by name or
+    path is the user's own wish.
+
+    Raises:
+        ConfigError: it would go on with others.
+    """
+    path = Path(job_config.job.dump_folder, FILE)
+    if not path.is_file():
+        return
+    earlier, training = json.loads(path.read_text()), job_config.training
+    anew = "or train anew in another job.dump_folder"
+    tokenizer = _tokenizer_sha256(job_config)
+    if earlier["tokenizer_sha256"] != tokenizer:
+        raise ConfigError(
+            f"the run in {path.parent} resumes with another tokenizer than it began with: give its "
+            f"own as model.hf_assets_path, {anew}"
+        )
+    dataset = training.dataset, training.dataset_path
+    made, before = dataset_corpus(*dataset), earlier["corpus_sha256"].get("training")
+    if list(dataset) != earlier["datasets"]["training"] or made is None or before == made.sha256:
+        return
+    name = earlier.get("corpora", {}).get("training", "")
+    kept = corpus.cache_root() / name
+    give = f"training.dataset_path = {kept}" if name and kept.is_dir() else "the files that it had"
+    raise ConfigError(
+        f"the text of training.dataset {training.dataset!r} is no longer what the run in "
+        f"{path.parent} began with (sha256 {before[:12]}.., now {made.sha256[:12]}..: Python files "
+        f"or packages have changed): give {give}, {anew}"
+    )
 
 
 def write(job_config, model_parts: list[nn.Module]) -> Path:
@@ -48,7 +87,6 @@ def write(job_config, model_parts: list[nn.Module]) -> Path:
     if validation.enable:
         datasets["validation"] = (validation.dataset, validation.dataset_path)
     corpora = {key: dataset_corpus(*value) for key, value in datasets.items()}
-    tokenizer = Path(job_config.model.hf_assets_path) / "tokenizer.json"
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -60,11 +98,17 @@ def write(job_config, model_parts: list[nn.Module]) -> Path:
         "cuda_graphs": uses_cuda_graphs(job_config),
         "datasets": {key: list(value) for key, value in datasets.items()},
         "corpus_sha256": {key: made.sha256 for key, made in corpora.items() if made},
-        "tokenizer_sha256": corpus.file_sha256(tokenizer) if tokenizer.is_file() else None,
+        "corpora": {key: made.path.name for key, made in corpora.items() if made},
+        "tokenizer_sha256": _tokenizer_sha256(job_config),
         "initial_weights": _energy(model_parts),
         "config": job_config.to_dict(),
     }
     return _write(job_config, FILE, record)
+
+
+def _tokenizer_sha256(job_config) -> str | None:
+    path = Path(job_config.model.hf_assets_path) / "tokenizer.json"
+    return corpus.file_sha256(path) if path.is_file() else None
 
 
 def flush(metrics_processor) -> None:
@@ -132,6 +176,11 @@ def source_commit() -> str | None:
     status = [*git, "status", "--porcelain", "--untracked-files=no"]
     changed = subprocess.run(status, capture_output=True, text=True).stdout.strip()
     return done.stdout.strip() + ("-dirty" if changed else "")
+
+
+def _remove(job_config, *names: str) -> None:
+    for name in names:
+        Path(job_config.job.dump_folder, name).unlink(missing_ok=True)
 
 
 def _version(package: str) -> str | None:

@@ -20,7 +20,7 @@ from ..errors import ConfigError, DivergedError
 from ..toml import read_toml
 from ..training.schedule import FormatSchedule
 from . import activation_checkpoint, cpu_runtime, record
-from .checkpoints import choose_step
+from .checkpoints import choose_step, newest_whole_step
 from .checks import check
 from .converter import (
     OURS,
@@ -52,7 +52,14 @@ class NVFP4Trainer(Trainer):
     def __init__(self, job_config: JobConfig):
         _normalize(job_config)
         check(job_config, _world_size(job_config, int(os.environ["WORLD_SIZE"])))
-        if os.environ["RANK"] == "0":
+        saved = -1
+        if job_config.checkpoint.enable:
+            saved, _ = newest_whole_step(_checkpoints(job_config))
+        if saved > 0:
+            record.check_text(job_config)
+        # The record of a run that has ended stays: nothing of what it says happens again.
+        begins = saved < job_config.training.steps
+        if begins and os.environ["RANK"] == "0":
             record.clear(job_config)
         activation_checkpoint.install()
         converted = "nvfp4" in job_config.model.converters
@@ -65,13 +72,14 @@ class NVFP4Trainer(Trainer):
         schedule = getattr(self, "pp_schedule", None)
         self.numerics = NumericsLog(self.model_parts, frequency, folder, schedule)
         cpu_runtime.prepare_trainer(self.model_parts)
-        if distributed.get_rank() == 0:
+        if begins and distributed.get_rank() == 0:
             record.write(job_config, self.model_parts)
         self.stop = StopRequest()
-        if job_config.checkpoint.enable:
+        self.saves = job_config.checkpoint.enable and not job_config.checkpoint.load_only
+        if self.saves:
             self.dataloader.worker_init_fn = self.stop.in_worker
         if job_config.validation.enable:
-            if job_config.checkpoint.enable:
+            if self.saves:
                 self.validator.validation_dataloader.worker_init_fn = self.stop.in_worker
             steps = job_config.training.steps
             prepare_validator(self.validator, steps, self.formats.validating)
@@ -83,13 +91,17 @@ class NVFP4Trainer(Trainer):
         Raises:
             ConfigError: the checkpoint to start from cannot be read.
         """
-        checkpoint = self.job_config.checkpoint
-        folder = Path(self.job_config.job.dump_folder, checkpoint.folder)
+        checkpoint, folder = self.job_config.checkpoint, _checkpoints(self.job_config)
         if checkpoint.enable and checkpoint.load_step == -1:
             checkpoint.load_step = choose_step(folder)
         try:
-            with self.stop if checkpoint.enable else nullcontext():
+            with self.stop if self.saves else nullcontext():
                 super().train()
+                if not self.steps_done:
+                    self._validate_restored(self.step)
+        except DivergedError:
+            self._finish_saving()
+            raise
         except (CheckpointException, EOFError, pickle.UnpicklingError) as error:
             raise ConfigError(
                 f"a checkpoint cannot be read ({_reason(error)}): check that "
@@ -98,7 +110,7 @@ class NVFP4Trainer(Trainer):
             ) from error
         finally:
             self.numerics.close()  # of a training that diverges, too
-        if distributed.get_rank() == 0:
+        if distributed.get_rank() == 0 and (self.steps_done or self._validates(self.step)):
             record.write_tokens_per_expert(self.job_config, self.model_parts)
 
     def should_continue_training(self) -> bool:
@@ -108,12 +120,13 @@ class NVFP4Trainer(Trainer):
         checkpoint = self.job_config.checkpoint
         # Asking the other ranks waits for the device: where torchtitan waits anyway.
         asks = distributed.get_world_size() == 1 or self.metrics_processor.should_log(self.step)
-        if not (checkpoint.enable and self.steps_done and asks and self.stop.anywhere(self.device)):
+        if not (self.saves and self.steps_done and asks and self.stop.anywhere(self.device)):
             return True
         if self.step % checkpoint.interval:
             record.flush(self.metrics_processor)
             self.checkpointer.interval = self.step  # this step is due
             self.checkpointer.save(self.step)
+        self._finish_saving()
         logger.info(f"Told to stop: step {self.step} is saved, the same command goes on from it")
         return False
 
@@ -137,11 +150,10 @@ class NVFP4Trainer(Trainer):
             DivergedError: the loss is NaN or infinite on a step that is logged or saved, or a
                 weight on one that is saved.
         """
-        restored = self.step - 1
-        if not self.steps_done and restored and self._validates(restored):
-            # The run may have died between its checkpoint and the validation of that step.
-            self._change_formats(restored)
-            self.validator.validate(self.model_parts, restored)
+        if not self.steps_done:
+            self._validate_restored(self.step - 1)
+            if distributed.get_rank() == 0:
+                record.clear_outcomes(self.job_config)
         self._change_formats(self.step)
         self.step_loss, self.checksum = 0.0, 0
         with self.numerics.step(self.step, self.metrics_processor):
@@ -151,8 +163,7 @@ class NVFP4Trainer(Trainer):
             # 24 bits: TensorBoard keeps fp32.
             checksum = {"data/checksum": self.checksum & 0xFFFFFF}
             self.metrics_processor.logger.log(checksum, self.step)
-        checkpoint = self.job_config.checkpoint
-        saves = checkpoint.enable and self.step % checkpoint.interval == 0
+        saves = self.saves and self.step % self.job_config.checkpoint.interval == 0
         last = self.step == self.job_config.training.steps
         # Reading the loss waits for the device: only where torchtitan waits anyway.
         if (saves or last or self.metrics_processor.should_log(self.step)) and not bool(
@@ -163,7 +174,7 @@ class NVFP4Trainer(Trainer):
                 "lr_scheduler.warmup_steps, and resume from the last checkpoint"
             )
         # A gradient can be NaN where the loss is not: clipping then spreads it to all weights.
-        if (saves or (last and checkpoint.enable)) and not _finite(self.model_parts):
+        if (saves or (last and self.saves)) and not _finite(self.model_parts):
             raise DivergedError(
                 f"weights are not finite after step {self.step}, though its loss is: lower "
                 "optimizer.lr, and resume from the last checkpoint"
@@ -171,12 +182,30 @@ class NVFP4Trainer(Trainer):
         if saves:
             record.flush(self.metrics_processor)
 
+    def _finish_saving(self) -> None:
+        """Wait for a checkpoint that is being saved asynchronously: torchtitan's end does not."""
+        if self.saves:
+            self.checkpointer._async_wait()
+
+    def _validate_restored(self, step: int) -> None:
+        """Validate again where a validation was due at the step of a checkpoint.
+
+        The run may have died between the two.
+        """
+        if step and self._validates(step):
+            self._change_formats(step)
+            self.validator.validate(self.model_parts, step)
+
     def _change_formats(self, step: int) -> None:
         for change in self.formats.before_step(step):
             logger.info(f"From step {change.first_step} on: {change.gemm} as in {change.recipe}")
 
     def _validates(self, step: int) -> bool:
         return self.job_config.validation.enable and self.validator.should_validate(step)
+
+
+def _checkpoints(job_config: JobConfig) -> Path:
+    return Path(job_config.job.dump_folder, job_config.checkpoint.folder)
 
 
 def _finite(model_parts: list[torch.nn.Module]) -> bool:
