@@ -14,8 +14,9 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import ConfigError
 from .launch import REQUEST, read_request
+from .runs import RECORD
 
-_RECORDS = ("run_record.json", "conversion.json", "tokens_per_expert.json", "numerics.json")
+_RECORDS = (RECORD, "conversion.json", "tokens_per_expert.json", "numerics.json")
 
 
 def pack(folders: Iterable[Path], archive: Path) -> list[str]:

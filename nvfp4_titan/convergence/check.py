@@ -8,7 +8,7 @@ failed run does not stop the others: it is an error in the end, and never a pass
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import ConfigError, OutOfTime
@@ -152,7 +152,9 @@ def run_all(
     """
     deadline = None if time_limit is None else time.monotonic() + time_limit
     jobs, found = plan.jobs(), Found()
-    todo = {key: job for key, job in jobs.items() if not job.finished()}
+    done = [job.folder for job in jobs.values() if job.finished()]
+    like = next(iter(done), None)
+    todo = {key: replace(job, like=like) for key, job in jobs.items() if job.folder not in done}
     made: dict[tuple[str, int], Run | ConfigError] = {}
     if todo:
         check_time_limit(time_limit)

@@ -15,13 +15,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConfigError, OutOfTime
 from ..toml import read_toml
-from .runs import Run, read_run
+from .runs import RECORD, Run, check_settings, read_run
 
 REQUEST, LOG = "request.json", "log.txt"
 _UNFINISHED = f"{REQUEST}.unfinished"
@@ -45,6 +45,8 @@ class Job:
         machine_options: More of them, which this machine needs.
         environment: Variables over this process's. Neither these nor the machine's options are part
             of the request: a run counts wherever it was made.
+        like: Dump folder of a finished run that this one will be compared with: where its record
+            shows another text or tokenizer, it is stopped at once.
     """
 
     config: Path
@@ -53,6 +55,7 @@ class Job:
     keep_checkpoints: bool = True
     machine_options: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    like: Path | None = None
 
     def request(self) -> dict:
         """What must agree for a finished run to count; of the TOML what it says, not how."""
@@ -102,8 +105,14 @@ class Job:
         return True
 
     def differing(self, asked: dict) -> list[str]:
-        """What a request.json asks for that this job does not."""
-        return [key for key, value in self.request().items() if asked.get(key) != value]
+        """What a request.json asks for that this job does not; options may come in any order."""
+        request = self.request()
+        same = settings(asked.get("options", ())) == settings(self.options)
+        return [
+            key
+            for key, value in request.items()
+            if asked.get(key) != value and not (key == "options" and same)
+        ]
 
     def run(
         self,
@@ -139,11 +148,11 @@ class Job:
 
     def _prepare(self) -> None:
         """Keep what can be gone on with; else begin with an empty folder."""
-        request, saved = self.request(), self.folder.glob(f"{_CHECKPOINTS}/step-*")
-        if read_request(self.folder) != request or not any(saved):
+        saved = self.folder.glob(f"{_CHECKPOINTS}/step-*")
+        if self.differing(read_request(self.folder)) or not any(saved):
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_request(self.folder, request)
+        _write_request(self.folder, self.request())
 
     def _execute(self, deadline: float | None, watch: Callable[[int, str], None]) -> None:
         path = self.folder / LOG
@@ -158,21 +167,52 @@ class Job:
                 start_new_session=True,
                 env=os.environ | self.environment,
             )
-        stopped = False
+        different, compared = None, self.like is None
         try:
             while process.poll() is None:
                 if deadline is not None and time.monotonic() > deadline:
-                    stopped = True
+                    raise OutOfTime(f"{self.folder.name} was stopped at its time limit")
+                step, loss = last_step(path, begin)
+                watch(step, loss)
+                if step and not compared:
+                    compared, different = True, self._difference()
+                if different:
                     break
-                watch(*last_step(path, begin))
                 time.sleep(_POLL_SECONDS)
         finally:
             _end(process)
-        if stopped:
-            raise OutOfTime(f"{self.folder.name} was stopped at its time limit")
+        if different:
+            # What it saved when it was stopped is nothing to go on with.
+            shutil.rmtree(self.folder / _CHECKPOINTS, ignore_errors=True)
+            raise ConfigError(f"{self.folder.name} was stopped at its start: {different}")
         if process.returncode:
             reason = _last_error(path, begin)
             raise ConfigError(f"the run of {self.folder.name} failed: {reason}see {path}")
+
+    def _difference(self) -> ConfigError | None:
+        """What the record of a run that has begun lacks to be compared with the one it is like."""
+        folders = self.like, self.folder
+        try:
+            check_settings(*(json.loads((f / RECORD).read_text()) for f in folders), *folders)
+        except ConfigError as error:
+            return error
+        return None
+
+
+def settings(options: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """What torchtitan's options set, by name: their order does not matter, the last one counts."""
+    found: dict[str, tuple[str, ...]] = {}
+    name = ""
+    for option in options:
+        if not option.startswith("--"):
+            found[name] = (*found.get(name, ()), option)
+            continue
+        name, given, value = option.removeprefix("--").partition("=")
+        section, _, key = name.replace("-", "_").rpartition(".")
+        off = key.startswith("no_")
+        name = f"{section}.{key.removeprefix('no_')}"
+        found[name] = (value,) if given else (("off",) if off else ())
+    return found
 
 
 def read_request(folder: Path) -> dict:

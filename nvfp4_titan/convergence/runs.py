@@ -23,10 +23,10 @@ from ..scalars import (
     read_scalars,
 )
 
+RECORD = "run_record.json"
 _SAME = (
     ("corpus_sha256",),
     ("tokenizer_sha256",),
-    ("config", "debug", "seed"),
     ("config", "model", "flavor"),
     ("config", "training", "dataset"),
     ("config", "training", "dataset_path"),
@@ -38,7 +38,8 @@ _SAME = (
     ("config", "lr_scheduler"),
     ("config", "validation"),
 )
-"""Parts of the record that must agree between compared runs."""
+"""Parts of the record that must agree between compared runs, beside the seed."""
+_SEED = ("config", "debug", "seed")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def read_run(folder: Path | str) -> Run:
 
     run = Run(
         folder,
-        _json(folder / "run_record.json"),
+        _json(folder / RECORD),
         _json(folder / "conversion.json", optional=True),
         _json(folder / "tokens_per_expert.json", optional=True),
         *(
@@ -141,13 +142,8 @@ def check_comparable(control: Run, run: Run) -> None:
     Raises:
         ConfigError: other data, tokens, initial weights, settings or steps.
     """
-    for path in _SAME:
-        values = [_at(r.record, path) for r in (control, run)]
-        if values[0] != values[1]:
-            raise ConfigError(
-                f"{'.'.join(path)} differs between {control.folder} and {run.folder}: "
-                f"{values[0]} and {values[1]}; run both with the same settings"
-            )
+    check_settings(control.record, run.record, control.folder, run.folder)
+    _check_same(_SEED, *(_at(r.record, _SEED) for r in (control, run)), control.folder, run.folder)
     if sorted(control.train) != sorted(run.train):
         raise ConfigError(f"{control.folder} and {run.folder} did not run the same steps")
     steps = sorted(control.checksums.keys() & run.checksums)
@@ -162,6 +158,37 @@ def check_comparable(control: Run, run: Run) -> None:
             f"{control.folder} and {run.folder} began with other weights (squares sum to "
             f"{weights[0]} and {weights[1]}): use one debug.seed and one kind of device"
         )
+
+
+def check_settings(control: dict, record: dict, *folders: Path) -> None:
+    """Check that two runs' records agree in what must be the same, whatever the seeds.
+
+    Args:
+        control: A run's record.
+        record: Another's.
+        folders: The runs' dump folders, for the message.
+
+    Raises:
+        ConfigError: other texts, tokenizers, models, settings of data, optimizer or validation.
+    """
+    for path in _SAME:
+        _check_same(path, *(_at(_without_places(r), path) for r in (control, record)), *folders)
+
+
+def _check_same(path: tuple[str, ...], value, other, *folders: Path) -> None:
+    if value != other:
+        raise ConfigError(
+            f"{'.'.join(path)} differs between {folders[0]} and {folders[1]}: {value} and {other}; "
+            "run both with the same settings"
+        )
+
+
+def _without_places(record: dict) -> dict:
+    """A record in which a text whose hash is known is the same wherever it lies."""
+    config = dict(record["config"])
+    for section in record["corpus_sha256"]:
+        config[section] = {**config[section], "dataset_path": None}
+    return {**record, "config": config}
 
 
 def compare(control: Run, run: Run) -> dict:

@@ -171,7 +171,8 @@ def _decide(gap: float, bounds: tuple[float, float] | None, limit: float) -> tup
     low, high = bounds or (gap, gap)
     over = "" if bounds else ", of one seed"
     if high <= limit:
-        return PASS, [f"gap {gap:+.2%} is within {limit:.2%}{over}"]
+        where = "within" if gap >= -limit else "not above"
+        return PASS, [f"gap {gap:+.2%} is {where} {limit:.2%}{over}"]
     if low > limit:
         return FAIL, [f"gap {gap:+.2%} is beyond {limit:.2%}{over}"]
     return UNCLEAR, [f"{limit:.2%} lies between {low:+.2%} and {high:+.2%}: more seeds would tell"]

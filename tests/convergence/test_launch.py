@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,22 @@ def test_comments_and_order_do_not_count(job):
     assert job.finished()
     job.config.write_text("# new\n[training]\nseq_len = 64  # tokens\nsteps = 3\n")
     assert job.finished()
+
+
+def test_options_may_come_in_any_order(job):
+    def with_options(*options):
+        return replace(job, options=options)
+
+    first = with_options("--training.steps=3", "--nvfp4.no-sr", "--model.converters", "")
+    (job.folder / REQUEST).write_text(json.dumps(first.request() | {"finished": True}))
+    same = ("--model.converters=", "--nvfp4.no_sr", "--training.steps", "3")
+    assert with_options(*same).finished()
+    assert with_options("--nvfp4.sr", *same).finished()  # the last one counts
+    for more in ("--nvfp4.sr", "--training.steps=4", "--model.converters=nvfp4", "--nvfp4.seed=1"):
+        with pytest.raises(ConfigError, match="with other options"):
+            with_options(*same, more).finished()
+    with pytest.raises(ConfigError, match="with other options"):
+        with_options(*same[:2]).finished()
 
 
 def test_a_value_counts(job):

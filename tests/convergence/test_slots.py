@@ -15,6 +15,7 @@ from fake_jobs import CONFIG, MEET, START, UNTIL_STOPPED, starts
 from nvfp4_titan.convergence import progress, slots
 from nvfp4_titan.convergence.check import Plan, run_all
 from nvfp4_titan.convergence.launch import Job
+from nvfp4_titan.convergence.runs import check_settings
 from nvfp4_titan.convergence.slots import Slots
 from nvfp4_titan.convergence.variants import parse_variant
 from nvfp4_titan.errors import ConfigError, OutOfTime
@@ -66,6 +67,45 @@ def test_a_failure_does_not_stop_the_others(tmp_path, use, capsys):
     assert list(found.runs) == [("bf16", 0), ("bf16", 1), ("nvfp4", 1)]
     assert list(found.errors) == [("nvfp4", 0)] and "log.txt" in found.errors["nvfp4", 0]
     assert f"error: {found.errors['nvfp4', 0]}\n" in capsys.readouterr().out
+
+
+def recorded(corpus, path=None):
+    training = {"dataset": "pysource", "dataset_path": path} | dict.fromkeys(
+        ("seq_len", "local_batch_size", "global_batch_size", "steps"), 8
+    )
+    sections = {"model": {"flavor": "x"}, "training": training}
+    config = sections | dict.fromkeys(("optimizer", "lr_scheduler", "validation"), {})
+    hashes = {"training": corpus} if corpus else {}
+    return {"corpus_sha256": hashes, "tokenizer_sha256": "t", "config": config}
+
+
+def test_a_run_that_could_not_be_compared_is_stopped_at_its_start(tmp_path, use):
+    """Its text is not that of the control, which was made elsewhere."""
+    say = (
+        START
+        + "folder.joinpath('run_record.json').write_text({record!r}); print('step: 1 loss: 2')"
+    )
+    use(say.format(record=json.dumps(recorded("a"))))
+    control = Plan(CONFIG, tmp_path, (parse_variant("bf16"),), (0,))
+    assert not run_all(control, Slots()).errors
+    other = say.format(record=json.dumps(recorded("b"))) + "\nsys.stdout.flush(); until_stopped()"
+    use(other)
+    start = time.monotonic()
+    errors = run_all(plan(tmp_path), Slots()).errors
+    assert time.monotonic() - start < 20
+    assert "nvfp4_seed0 was stopped at its start: corpus_sha256" in errors["nvfp4", 0]
+    assert not (tmp_path / "nvfp4_seed0" / "checkpoint").exists()
+    use(say.format(record=json.dumps(recorded("a"))))
+    assert len(run_all(plan(tmp_path), Slots()).runs) == 2
+    assert len(starts(tmp_path)["nvfp4_seed0"]) == 1  # anew: no trace of the other text
+
+
+def test_a_text_is_the_same_wherever_it_lies(tmp_path):
+    check_settings(recorded("a"), recorded("a", "/elsewhere"), tmp_path, tmp_path)
+    with pytest.raises(ConfigError, match=r"corpus_sha256 differs"):
+        check_settings(recorded("a"), recorded("b"), tmp_path, tmp_path)
+    with pytest.raises(ConfigError, match=r"training\.dataset_path differs"):
+        check_settings(recorded(None), recorded(None, "/elsewhere"), tmp_path, tmp_path)
 
 
 def test_a_time_limit_stops_all_and_the_next_call_goes_on(tmp_path, use, monkeypatch, capsys):
