@@ -316,6 +316,7 @@ class Rule:
 DEFAULT_RULES = (
     Rule("*router*", "bf16"),
     Rule("*.gate", "bf16"),
+    Rule("*.shared_expert_gate", "bf16"),
     Rule("output", "bf16"),
     Rule("lm_head", "bf16"),
     Rule("*.lm_head", "bf16"),

@@ -63,7 +63,6 @@ def main(argv: list[str]) -> int:
 
 
 def _compare(arguments: Arguments, extra: tuple[str, ...], command: str) -> int:
-    from nvfp4_titan.titan import job_config  # noqa: F401  registers flavors and datasets
     from nvfp4_titan.titan.qat_table import Comparison
 
     options = arguments.table

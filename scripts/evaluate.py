@@ -40,7 +40,6 @@ def main(
         tokenizer: Folder of the tokenizer, where a model has none.
     """
     cpu_runtime.install()
-    from nvfp4_titan.titan import job_config  # noqa: F401  registers flavors and datasets
     from nvfp4_titan.titan.evaluate import evaluate, format_table, write_results
 
     options = {

@@ -17,7 +17,7 @@ def main(
     quantize: str,
     dtype: str = "bfloat16",
     skip: tuple[str, ...] = (),
-    share_scales: bool = True,
+    share_scales: bool | None = None,
     tokenizer: Path | None = None,
     calibration_dataset: str = "stdlib",
     calibration_batches: int = 8,
@@ -29,16 +29,16 @@ def main(
         source: Dump folder of a run, a checkpoint inside one, or a Hugging Face folder.
         output: Folder that must not exist.
         quantize: Deploy recipe, or bf16 for none.
-        dtype: bfloat16 or float32.
+        dtype: bfloat16 or float32, in which weights are quantized, or kept.
         skip: Globs of modules that stay in high precision.
-        share_scales: One NVFP4 scale per tensor for q, k, v and for gate, up, as vLLM wants it.
+        share_scales: One NVFP4 scale per tensor for q, k, v and for gate, up, as vLLM wants it; by
+            default as a QAT run trained, and yes for others.
         tokenizer: Folder of the tokenizer, where the source has none.
         calibration_dataset: Text that static activation scales are taken from.
         calibration_batches: Batches of it.
         device: Where to compute.
     """
     cpu_runtime.install()
-    from nvfp4_titan.titan import job_config  # noqa: F401  registers flavors and datasets
     from nvfp4_titan.titan.finalize import FinalizeOptions, finalize
 
     options = FinalizeOptions(

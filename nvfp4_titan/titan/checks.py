@@ -32,8 +32,9 @@ def check(job_config: JobConfig, world_size: int) -> None:
     _check_types(job_config)
     _check_model(job_config.model)
     _check_parallelism(job_config, world_size)
-    _check_sizes(job_config)
-    check_cuda_graphs(job_config, parallel_dims(job_config, world_size))
+    dims = parallel_dims(job_config, world_size)
+    _check_sizes(job_config, dims.dp_replicate * dims.dp_shard)
+    check_cuda_graphs(job_config, dims)
     _check_tokenizer(job_config.model)
     if "nvfp4" in job_config.model.converters:
         check_settings(job_config)
@@ -146,7 +147,7 @@ def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
         )
 
 
-def _check_sizes(job_config: JobConfig) -> None:
+def _check_sizes(job_config: JobConfig, data_parallel: int) -> None:
     training, p = job_config.training, job_config.parallelism
     for name in ("seq_len", "local_batch_size", "steps"):
         if getattr(training, name) < 1:
@@ -156,10 +157,12 @@ def _check_sizes(job_config: JobConfig) -> None:
         raise ConfigError(
             f"training.seq_len = {training.seq_len} must be a multiple of {divisor} (2 x TP x CP)"
         )
-    if training.global_batch_size > 0 and training.global_batch_size % training.local_batch_size:
+    at_once = training.local_batch_size * data_parallel
+    if training.global_batch_size > 0 and training.global_batch_size % at_once:
         raise ConfigError(
             f"training.global_batch_size = {training.global_batch_size} must be a multiple of "
-            f"local_batch_size = {training.local_batch_size}"
+            f"{at_once}: local_batch_size = {training.local_batch_size} on {data_parallel} ranks "
+            "of data parallelism"
         )
     validation = job_config.validation
     if validation.enable and validation.seq_len > training.seq_len:

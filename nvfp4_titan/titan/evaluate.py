@@ -23,6 +23,7 @@ from ..deploy.codecs import nvfp4
 from ..deploy.layout import SUFFIXES, amax_of, from_layout
 from ..deploy.modules import QuantizedLinear
 from ..errors import ConfigError
+from . import datasets
 from .sources import OWN_KEY, Source, build_model, load_weights, titan_rows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -40,6 +41,7 @@ def batches(
         batch: Sequences of a batch.
         steps: Number of batches; 0 is the whole dataset.
     """
+    datasets.register()
     try:
         rows = iter(HuggingFaceTextDataset(dataset, None, tokenizer, seq_len))
     except ValueError as error:
@@ -75,7 +77,8 @@ def load_model(
             f"{path} was quantized by another program: evaluate it with transformers, or finalize "
             "the model that it came from"
         )
-    name = dtype or source.config.get("torch_dtype", "float32")
+    # transformers 5 writes "dtype".
+    name = dtype or source.config.get("torch_dtype") or source.config.get("dtype") or "float32"
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is unknown: use bfloat16 or float32")
     model = build_model(source, DTYPES[name], device)

@@ -124,7 +124,31 @@ def _llama_hidden(args: TransformerModelArgs) -> int:
     return model.layers["0"].feed_forward.w1.weight.shape[0]
 
 
+def _check_features(config: dict, ropes: tuple[str, ...], **has) -> None:
+    """Check that a config.json asks for nothing that torchtitan's model lacks.
+
+    Args:
+        config: config.json.
+        ropes: Kinds of RoPE that the model has.
+        has: The one value that the model has, by key.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    rope = _rope(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    wanted = {"hidden_act": "silu", "attention_bias": False, **has}
+    other = [key for key, value in wanted.items() if config.get(key, value) != value]
+    asked = f"{other[0]} = {config[other[0]]!r}" if other else f"rope_type = {kind!r}"
+    if other or kind not in ropes:
+        raise UnsupportedError(
+            f"config.json asks for {asked}, which torchtitan's {config['model_type']} does not "
+            "have: it would compute something else"
+        )
+
+
 def _llama_args(config: dict) -> TransformerModelArgs:
+    _check_features(config, ("default", "llama3"), mlp_bias=False)
     dim, hidden = config["hidden_size"], config["intermediate_size"]
     base = int(2 * 4 * dim / 3)
     rope = _rope(config)
@@ -204,6 +228,7 @@ def _deepseek_config(args: DeepSeekV3ModelArgs) -> dict:
 
 
 def _deepseek_args(config: dict) -> DeepSeekV3ModelArgs:
+    _check_features(config, ("default", "yarn"), moe_layer_freq=1)
     rope = _rope(config)
     longest = config["max_position_embeddings"]
     grouped = config.get("n_group", 1) not in (None, 1)

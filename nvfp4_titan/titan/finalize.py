@@ -11,7 +11,7 @@ trains so too, unless it was told not to.
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -47,9 +47,11 @@ class FinalizeOptions:
     Attributes:
         recipe: Name in `DEPLOY_RECIPES`, or "bf16" for none.
         dtype: "bfloat16" or "float32": of what is not quantized, and of w when it is quantized.
+            A QAT run's own codes need that of its GEMMs.
         skip: Globs of modules that stay in high precision; of a run that converted modules, those
             that it kept stay so too.
         share_scales: Whether linears that inference engines fuse get one NVFP4 scale per tensor.
+            None: of a QAT run, as it trained; else they do.
         tokenizer: Folder of the tokenizer; None: the run's, or the model's own.
         calibration_dataset: torchtitan's name of the text that static scales are taken from.
         calibration_batches: Batches of it.
@@ -61,7 +63,7 @@ class FinalizeOptions:
     recipe: str
     dtype: str = "bfloat16"
     skip: tuple[str, ...] = ()
-    share_scales: bool = True
+    share_scales: bool | None = None
     tokenizer: Path | None = None
     calibration_dataset: str = "stdlib"
     calibration_batches: int = 8
@@ -82,7 +84,7 @@ def finalize(path: Path, output: Path, options: FinalizeOptions) -> dict:
         Sizes: bytes of the quantized linears, the same in bf16, and of everything.
 
     Raises:
-        ConfigError: a folder that cannot be used, or a recipe that does not match the run.
+        ConfigError: a folder that cannot be used, or options that do not match the run.
         UnsupportedError: a model of another family.
     """
     if options.dtype not in DTYPES:
@@ -93,7 +95,7 @@ def finalize(path: Path, output: Path, options: FinalizeOptions) -> dict:
     if "quantization_config" in source.config or source.config.get(OWN_KEY, {}).get("recipe"):
         raise ConfigError(f"{path} is quantized already: finalize the model that it came from")
     recipe = None if options.recipe == "bf16" else get_deploy_recipe(options.recipe)
-    _check_run(source, options.recipe)
+    options = _as_trained(source, options)
     chosen = _chosen(source, recipe, options.skip)
     tokenizer = _tokenizer(source, options.tokenizer)
     amaxes: dict[str, torch.Tensor] = {}
@@ -118,15 +120,27 @@ def finalize(path: Path, output: Path, options: FinalizeOptions) -> dict:
     return sizes
 
 
-def _check_run(source: Source, recipe: str) -> None:
-    """A QAT run is finalized with the recipe that it was trained for, or not quantized."""
+def _as_trained(source: Source, options: FinalizeOptions) -> FinalizeOptions:
+    """The options, with scales shared as they were: a QAT run is quantized as it trained, or not.
+
+    Raises:
+        ConfigError: it is to be quantized in another way.
+    """
+    share = options.share_scales
     if "qat" not in source.converters:
-        return
-    trained = source.record["config"]["qat"]["recipe"]
-    if recipe not in (trained, "bf16"):
+        return replace(options, share_scales=share is None or share)
+    qat = source.record["config"]["qat"]
+    if options.recipe not in (qat["recipe"], "bf16"):
         raise ConfigError(
-            f"the run was trained for {trained!r}, not {recipe!r}: use --quantize {trained}"
+            f"the run was trained for {qat['recipe']!r}, not {options.recipe!r}: use --quantize "
+            f"{qat['recipe']}"
         )
+    if options.recipe != "bf16" and share not in (None, qat["share_scales"]):
+        raise ConfigError(
+            f"the run trained with share_scales = {qat['share_scales']}, not {share}: its codes "
+            "would be others; leave share_scales out"
+        )
+    return replace(options, share_scales=qat["share_scales"])
 
 
 def _chosen(source: Source, recipe: DeployRecipe | None, skip: tuple[str, ...]) -> set[str]:
@@ -325,7 +339,11 @@ def _card(source: Source, options: FinalizeOptions, config: dict, sizes: dict[st
     steps = source.path.name if source.record else "a Hugging Face checkpoint"
     trained = ", ".join(source.converters) or "no converter (quantized after training)"
     if "qat" in source.converters:
-        trained = f"qat, recipe {source.record['config']['qat']['recipe']}"
+        config_of_run = source.record["config"]
+        trained = f"qat, recipe {config_of_run['qat']['recipe']}"
+        dtype = config_of_run["training"]["mixed_precision_param"]
+        if dtype != options.dtype:
+            trained += f", in {dtype}: its codes were others than these, made in {options.dtype}"
     lines = [
         "# Quantized checkpoint",
         "",

@@ -70,7 +70,8 @@ def register() -> None:
     for name in MODELS:
         spec = train_spec.get_train_spec(name)
         # That of llama4 passes the masks of flex attention, which its forward refuses without.
-        if spec.build_validator_fn is None or name == "llama4":
+        lacks = spec.build_validator_fn is None or name == "llama4"
+        if lacks and spec.build_validator_fn is not PlainAttentionValidator:
             with_validator = replace(spec, build_validator_fn=PlainAttentionValidator)
             train_spec.register_train_spec(name, with_validator)
             logger.debug(f"Added torchtitan's validator to the train spec of {name}")

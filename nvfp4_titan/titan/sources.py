@@ -18,11 +18,13 @@ from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import get_train_spec
 
 from ..errors import ConfigError
-from . import checkpoints, record
+from . import checkpoints, models, record
 from .families import Family, args_from_dict, family_of_config, family_of_run, split_experts
 
 OWN_KEY = "nvfp4_titan"
 """Key of config.json under which finalize keeps what torchtitan needs to build the model."""
+_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+"""Of a Hugging Face folder; a model that ties the two has the second alone."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,8 @@ class Source:
         Raises:
             ConfigError: it is not there.
         """
+        if name == _HEAD and name not in self._files and self.config.get("tie_word_embeddings"):
+            name = _EMBEDDINGS
         if name not in self._files:
             raise ConfigError(f"{self.path} has no tensor {name}: give a whole checkpoint")
         file = self._files[name]
@@ -287,6 +291,7 @@ def _parts(name: str, shape: tuple[int, ...]) -> dict[str, Stored]:
 
 
 def _args_of_run(run: dict, family: Family) -> BaseModelArgs:
+    models.register()
     model, training = run["config"]["model"], run["config"]["training"]
     flavors = get_train_spec(family.name).model_args
     if model["flavor"] not in flavors:

@@ -232,9 +232,11 @@ def _experts(model: nn.Module) -> list[_Site]:
     found = []
     modules = dict(model.named_modules())
     for fqn, module in modules.items():
-        # A token runs through top_k of the experts; the router beside them knows how many.
-        router = getattr(modules.get(fqn.rpartition(".")[0]), "router", None)
-        top_k = getattr(router, "top_k", 1)
+        # A token runs through top_k of the experts; the router beside them knows how many, whatever
+        # it is called.
+        parent = modules[fqn.rpartition(".")[0]]
+        known = (getattr(m, "top_k", None) for m in (parent, *parent.children()))
+        top_k = max((k for k in known if isinstance(k, int)), default=1)
         experts = expert_weights(module)
         for name, weight in module.named_parameters(recurse=False):
             if weight.dim() != 3 or isinstance(module, _CONVOLUTIONS):

@@ -128,17 +128,24 @@ def _check_qat(folder, run):
     with pytest.raises(ConfigError, match="was trained for 'nvfp4'"):
         finalize(run, out, FinalizeOptions("nvfp4_weight_only"))
     options = FinalizeOptions("nvfp4", calibration_batches=1, seq_len=64, skip=("layers.0.*",))
+    with pytest.raises(ConfigError, match="trained with share_scales = True.*leave share_scales"):
+        finalize(run, out, replace(options, share_scales=False))
     finalize(run, out, options)
     _check_client(out)
     config = json.loads((out / "config.json").read_text())
     assert "model.layers.0.self_attn.q_proj" in config["quantization_config"]["ignore"]
     card = (out / "README.md").read_text()
     assert "trained with: qat, recipe nvfp4" in card and "validation loss of the run" in card
-    trained = {name: t.bfloat16() for name, t in Source(run).weights()}
-    with safe_open(out / "model.safetensors", "pt") as stored:
-        _check_trained_codes(trained, stored, ("attention.wo",))
-        _check_trained_codes(trained, stored, ("attention.wq", "attention.wk", "attention.wv"))
-        _check_trained_codes(trained, stored, ("feed_forward.w1", "feed_forward.w3"))
+    assert "trained with: qat, recipe nvfp4, in float32: its codes were others" in card
+    weights = dict(Source(run).weights())
+    finalize(run, folder / "as_trained", replace(options, dtype="float32"))
+    assert "codes were others" not in (folder / "as_trained" / "README.md").read_text()
+    for made, dtype in ((out, torch.bfloat16), (folder / "as_trained", torch.float32)):
+        trained = {name: t.to(dtype) for name, t in weights.items()}
+        with safe_open(made / "model.safetensors", "pt") as stored:
+            _check_trained_codes(trained, stored, ("attention.wo",))
+            _check_trained_codes(trained, stored, ("attention.wq", "attention.wk", "attention.wv"))
+            _check_trained_codes(trained, stored, ("feed_forward.w1", "feed_forward.w3"))
 
 
 def _check_client(folder):

@@ -106,6 +106,19 @@ def test_checked_before_anything_starts(case, tmp_path, monkeypatch):
         preflight([f"--job.config_file={CONFIG}", *argv], 1)
 
 
+def test_a_global_batch_must_divide_over_the_ranks(tmp_path, monkeypatch):
+    from nvfp4_titan.titan.trainer import preflight
+
+    monkeypatch.chdir(tmp_path)
+    argv = [f"--job.config_file={CONFIG}", "--training.local_batch_size=2"]
+    preflight([*argv, "--training.global_batch_size=8"], 2)
+    with pytest.raises(UserError, match="must be a multiple of 4: .* on 2 ranks"):
+        preflight([*argv, "--training.global_batch_size=6"], 2)
+    # Ranks of one model see one batch.
+    tp = "--parallelism.tensor_parallel_degree=2"
+    preflight([*argv, "--training.global_batch_size=6", tp], 2)
+
+
 @pytest.mark.parametrize(
     ("content", "fragment"), [(None, "is empty"), ("{", "cannot be read as a tokenizer")]
 )

@@ -349,3 +349,23 @@ def test_recipes_are_frozen():
         RECIPES["nvfp4"].name = "x"
     with pytest.raises(TypeError):
         RECIPES["x"] = None
+
+
+@pytest.mark.parametrize("top_k", [1, 4])
+def test_the_flops_of_experts_are_those_of_the_chosen(top_k):
+    """transformers' routers are called "gate", and beside shared experts lies one more."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    model = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, num_experts=8, moe_intermediate_size=32,
+            shared_expert_intermediate_size=64, num_experts_per_tok=top_k,
+        )
+    )  # fmt: skip
+    report = convert(model, backend="reference", bf16_last_fraction=0)
+    entries = {entry.fqn: entry for entry in report.entries}
+    experts = entries["model.layers.0.mlp.experts.gate_up_proj"]
+    assert experts.flops_per_token == 2 * 64 * 64 * top_k
+    assert not entries["model.layers.0.mlp.shared_expert_gate"].converted
+    assert entries["model.layers.0.mlp.shared_expert.gate_proj"].converted
