@@ -1,4 +1,4 @@
-"""Estimates of memory and traffic against runs of two ranks, within ten percent."""
+"""Estimates of memory and traffic against runs of two ranks."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,11 +142,15 @@ def test_estimates_are_what_runs_measure(measured, name, tmp_path):
         assert found["gradients"] == expected.gradients
         assert found["optimizer"] == expected.optimizer
         if "fp4_all_gather" not in name:  # memory is estimated for gathers in high precision
-            assert found["activations"] == pytest.approx(expected.activations, rel=0.1)
-            assert found["peak"] == pytest.approx(expected.peak, rel=0.1)
-            assert found["saved"] == pytest.approx(expected.activations, rel=0.1)
+            # Compiled, what one block gathered is kept too; when FSDP frees it is a matter of time.
+            compiled = "compiled" in name
+            held = [expected.activations + blocks * expected.gathered for blocks in range(3)]
+            assert any(found["activations"] == pytest.approx(size, rel=1e-3) for size in held)
+            assert found["saved"] == pytest.approx(held[compiled], rel=1e-3)
+            # The peak is that of a compiled loss, which holds less.
+            assert found["peak"] == pytest.approx(expected.peak, rel=1e-3 if compiled else 0.05)
         for kind in ("all_gather", "reduce_scatter", "all_to_all"):
-            assert found["traffic"].get(kind, 0) == pytest.approx(traffic.get(kind, 0), rel=0.1)
+            assert found["traffic"].get(kind, 0) == traffic.get(kind, 0)
 
 
 @pytest.mark.parametrize(("recipe", "share"), [("mxfp8", 1.0), ("nvfp4", 0.7)])
