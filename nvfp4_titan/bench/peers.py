@@ -81,7 +81,7 @@ def modelopt_fake_quant() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor
     """ModelOpt's fake-quant kernel: (M, K) bf16 and its amax (fp32 scalar) to (M, K).
 
     Raises:
-        UnsupportedError: ModelOpt 0.47 is not installed, or has no kernel for this GPU.
+        UnsupportedError: ModelOpt 0.47 is not installed whole, or has no kernel for this GPU.
     """
     # Releases move the kernel.
     if find_spec("modelopt") is None or not version("nvidia-modelopt").startswith("0.47."):
@@ -89,7 +89,13 @@ def modelopt_fake_quant() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor
             "ModelOpt 0.47, which is compared with, is not installed: pip install "
             "nvidia-modelopt==0.47.0, or leave it out with --no-modelopt"
         )
-    from modelopt.torch.kernels.quantization import gemm as kernels
+    try:
+        from modelopt.torch.kernels.quantization import gemm as kernels
+    except ImportError as error:
+        raise UnsupportedError(
+            f"ModelOpt cannot be imported ({error}): install it with what it needs, or leave it "
+            "out with --no-modelopt"
+        ) from error
 
     if not kernels.IS_AVAILABLE or not hasattr(kernels, "fp4_fake_quant_block"):
         raise UnsupportedError("ModelOpt has no FP4 kernel for this GPU: use --no-modelopt")

@@ -12,7 +12,7 @@ import torch
 from nvfp4_titan.bench import BenchRow, Environment, ratios, training, write
 from nvfp4_titan.bench.peers import PlainRecipe, plain_values
 from nvfp4_titan.bench.timing import schedule
-from nvfp4_titan.errors import ConfigError
+from nvfp4_titan.errors import ConfigError, UnsupportedError
 from nvfp4_titan.numerics import dequantize, quantize
 from nvfp4_titan.recipe import RECIPES
 
@@ -128,3 +128,15 @@ def test_training_runs_are_compared(tmp_path):
 def test_a_failing_run_names_its_log(tmp_path):
     with pytest.raises(ConfigError, match=r"failed, see .*log\.txt"):
         training.run(tmp_path / "missing.toml", tmp_path / "run", 1, "bf16")
+
+
+def test_a_modelopt_without_what_it_needs(tmp_path, monkeypatch):
+    from nvfp4_titan.bench import peers
+
+    package = tmp_path / "modelopt"
+    package.mkdir()
+    (package / "__init__.py").write_text("import a_package_that_is_not_there")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(peers, "version", lambda name: "0.47.0")
+    with pytest.raises(UnsupportedError, match="No module named 'a_package.*--no-modelopt"):
+        peers.modelopt_fake_quant()
