@@ -243,7 +243,7 @@ class QuantizingShard(torch.Tensor):
         return self.quantized(mesh, mp_policy), None
 
     def quantized(self, mesh, mp_policy) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and scales, as bytes; those that are kept, where nothing has changed since.
+        """Codes and scales, as bytes; those that are kept, until amaxes are taken again.
 
         Args:
             mesh: Of the ranks that shard the weight.
@@ -252,7 +252,7 @@ class QuantizingShard(torch.Tensor):
         gather, dtype = self.gather, mp_policy.param_dtype or self.dtype
         if gather.kept is None:
             return self._quantize(mesh, dtype)
-        when = (gather.known.epoch, self._version, dtype)
+        when = (gather.known.epoch, dtype)
         if when not in gather.kept:
             gather.kept.clear()
             gather.kept[when] = self._quantize(mesh, dtype)

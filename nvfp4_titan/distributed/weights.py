@@ -92,7 +92,9 @@ def fsdp_records(model: nn.Module) -> dict[tuple[nn.Module, str], object]:
             groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
             for record in (r for group in groups if group for r in group.fsdp_params):
                 owner = record._module_info
-                records[owner.module, owner.param_name] = record
+                places = zip(owner.shared_modules, owner.shared_param_names, strict=True)
+                for place in ((owner.module, owner.param_name), *places):
+                    records[place] = record
     return records
 
 

@@ -12,7 +12,7 @@ from torchtitan.tools.logging import logger
 
 from ..errors import ConfigError, UnsupportedError
 from . import cpu_runtime
-from .converter import OURS, check_cuda_graphs, check_settings, without_settings
+from .converter import OURS, check_cuda_graphs, check_early_steps, check_settings, without_settings
 from .datasets import dataset_corpus
 from .qat import check_qat
 from .sharding import parallel_dims
@@ -35,6 +35,8 @@ def check(job_config: JobConfig, world_size: int) -> None:
     dims = parallel_dims(job_config, world_size)
     _check_sizes(job_config, dims.dp_replicate * dims.dp_shard)
     check_cuda_graphs(job_config, dims)
+    if set(OURS) & set(job_config.model.converters):
+        check_early_steps(job_config, dims)
     _check_tokenizer(job_config.model)
     if "nvfp4" in job_config.model.converters:
         check_settings(job_config)

@@ -31,6 +31,7 @@ class NVFP4Converter(ModelConverter):
         self.job_config = job_config
         check_settings(job_config)
         check_cuda_graphs(job_config, parallel_dims)
+        check_early_steps(job_config, parallel_dims)
         self.settings = job_config.nvfp4
         self.frees_weights = frees_weights(job_config, parallel_dims)
         self.keeps_weights = _keeps_weights(job_config, parallel_dims)
@@ -106,6 +107,21 @@ def check_cuda_graphs(job_config: JobConfig, parallel_dims: ParallelDims) -> Non
             "with inductor's CUDA graphs a microbatch's gradients overwrite those of the one "
             "before: unset TORCHINDUCTOR_CUDAGRAPHS, or have one microbatch a step "
             "(training.global_batch_size, parallelism.pipeline_parallel_degree)"
+        )
+
+
+def check_early_steps(job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+    """Check that weights change once a step, after which their amaxes are taken.
+
+    Raises:
+        UnsupportedError: the optimizer steps in the backward of every microbatch.
+    """
+    early = job_config.optimizer.early_step_in_backward
+    if early and _has_microbatches(job_config, parallel_dims):
+        raise UnsupportedError(
+            "optimizer.early_step_in_backward changes weights in every microbatch, and what is "
+            "known of quantized ones is taken once a step: set it to false, or have one "
+            "microbatch a step (training.global_batch_size, parallelism.pipeline_parallel_degree)"
         )
 
 

@@ -12,6 +12,7 @@ from ..training import Report, keep_no_codes, refresh_weights, track_weights
 from . import activation_checkpoint, record
 from .converter import (
     align_token_groups,
+    check_early_steps,
     frees_weights,
     has_converted_experts,
     without_settings,
@@ -32,6 +33,7 @@ class QATConverter(ModelConverter):
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
         self.job_config = job_config
         check_qat(job_config)
+        check_early_steps(job_config, parallel_dims)
         self.frees_weights = frees_weights(job_config, parallel_dims)
         activation_checkpoint.install()
 

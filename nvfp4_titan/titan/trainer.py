@@ -102,9 +102,17 @@ class NVFP4Trainer(Trainer):
         except DivergedError:
             self._finish_saving()
             raise
-        except (CheckpointException, EOFError, pickle.UnpicklingError) as error:
+        except (CheckpointException, EOFError, pickle.UnpicklingError, AssertionError) as error:
+            if "dataloader." in (reason := _reason(error)) or "dp_degree" in reason:
+                raise ConfigError(
+                    "the checkpoint has the data's place for another number of data-parallel ranks "
+                    f"({reason}): add --checkpoint.exclude_from_loading=dataloader, which begins "
+                    "the data anew"
+                ) from error
+            if isinstance(error, AssertionError):
+                raise
             raise ConfigError(
-                f"a checkpoint cannot be read ({_reason(error)}): check that "
+                f"a checkpoint cannot be read ({reason}): check that "
                 "checkpoint.initial_load_path or checkpoint.load_step names a whole one of this "
                 f"model (those of this run are in {folder})"
             ) from error

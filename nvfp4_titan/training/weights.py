@@ -12,9 +12,9 @@ that is gathered in codes is quantized right after the optimizer step, for forwa
 
 Every rank must find amaxes stale at the same point, so staleness is told, not found out: by
 `refresh_weights` (after an optimizer step), by `invalidate_weights` (after writing weights by hand)
-and by the model's `load_state_dict`. After a step they are taken at once and not at the next
-forward: pipeline schedules of several stages gather weights before that. Kept operands of a weight
-that no rank shares are also made anew where the weight was written and nobody told.
+and by the model's `load_state_dict`. They are taken at once and not at the next forward: pipeline
+schedules of several stages gather weights before that. Of weights that no rank shares a forward
+also sees by itself that they were written or exchanged (not by DTensors' fused optimizers).
 
 Weights that an inference engine joins into one GEMM (q, k, v; gate and up) need one scale per
 tensor for all of them: `shared` groups are given the largest amax among them.
@@ -52,7 +52,7 @@ class _State:
     weights: list[ShardedWeight] = field(default_factory=list)
     reported: bool = False
     known: Known = field(default_factory=Known)
-    versions: list[int] = field(default_factory=list)
+    versions: list[tuple[int, ...]] = field(default_factory=list)
     shared: tuple[tuple[str, ...], ...] = ()
     groups: list[list[int]] = field(default_factory=list)
     hooks: list[RemovableHandle] = field(default_factory=list)
@@ -102,17 +102,8 @@ def untrack_weights(model: nn.Module) -> None:
 
 
 def invalidate_weights(model: nn.Module) -> None:
-    """Tell a model that its weights changed, by `.data` or in place; on all ranks alike.
-
-    Does nothing for a model that is not tracked (`track_weights`), as `convert` alone leaves it:
-    its amaxes are taken in every forward.
-
-    Raises:
-        ConfigError: a part of a tracked model: what is told must be told to the whole.
-    """
-    state = _state(model)
-    if state is not None:
-        state.fresh = False
+    """Tell a model that its weights changed, by `.data` or in place: as `refresh_weights`."""
+    refresh_weights(model)
 
 
 def keep_no_codes(model: nn.Module) -> None:
@@ -127,8 +118,12 @@ def refresh_weights(model: nn.Module) -> None:
 
     No backward may be outstanding: what a forward kept may read the amaxes that it replaces.
 
-    Before the first forward, where the shards are not yet known, it is left to that forward. As
-    `invalidate_weights` for a model that is not tracked, or a part of one.
+    Before the first forward, where the shards are not yet known, it is left to that forward. Does
+    nothing for a model that is not tracked (`track_weights`), as `convert` alone leaves it: its
+    amaxes are taken in every forward.
+
+    Raises:
+        ConfigError: a part of a tracked model: what is told must be told to the whole.
     """
     state = _state(model)
     if state is None:
@@ -149,7 +144,7 @@ def _state(model: nn.Module) -> "_State | None":
 
 
 def _after_load(model: nn.Module, incompatible_keys) -> None:
-    invalidate_weights(model)
+    refresh_weights(model)
 
 
 def _before_forward(model: nn.Module, args) -> None:
@@ -220,17 +215,26 @@ def _held(weight: ShardedWeight, amax: torch.Tensor) -> torch.Tensor:
     return held[weight.name]
 
 
-def _versions(state: _State) -> list[int]:
-    """How often the weights were written, of those that no rank shares.
+def _versions(state: _State) -> list[tuple[int, ...]]:
+    """Which the weights are and how often they were written, of those that no rank shares.
 
     Of others a rank that sees a change alone would wait for the rest.
     """
     own = [w.parameter for w in state.weights if w.fsdp is None and not w.groups()]
-    return [(p._local_tensor if isinstance(p, DTensor) else p)._version for p in own]
+    # A write to a DTensor counts with itself, one to its local tensor with that.
+    return [
+        (id(p), _version(p), _version(p._local_tensor) if isinstance(p, DTensor) else 0)
+        for p in own
+    ]
+
+
+def _version(t: torch.Tensor) -> int:
+    return 0 if t.is_inference() else t._version
 
 
 def _written(state: _State) -> bool:
-    return state.keep_weights and _versions(state) != state.versions
+    # A model that is compiled whole is traced here, and no compiler knows versions.
+    return not torch.compiler.is_compiling() and _versions(state) != state.versions
 
 
 def _keep(state: _State) -> None:
@@ -278,10 +282,14 @@ def converted_weights(model: nn.Module) -> list[ShardedWeight]:
 
 
 def _gather_quantized(state: _State) -> None:
-    left = defaultdict(list)
+    left, recipes = defaultdict(list), defaultdict(set)
+    for weight in state.weights:
+        recipes[id(weight.fsdp)].add(weight.module.recipes()[weight.name][0])
     for weight in state.weights:
         recipe, backend = weight.module.recipes()[weight.name]
         reason = obstacle(weight, recipe)
+        if weight.fsdp is not None and len(recipes[id(weight.fsdp)]) > 1:
+            reason = "linears of several recipes read it"
         if reason is None:
             amaxes, keep = weight.module.weight_amaxes, state.keep_codes
             attach(weight, amaxes, recipe, backend, state.known, keep)

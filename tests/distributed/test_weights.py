@@ -129,6 +129,7 @@ def all_variants(rank, device):
         found[variant] = train(model, rank, device)
         # Of shards no whole operands.
         assert not any(module.kept_weights for module in model.modules() if hasattr(module, "key"))
+        found[f"{variant} loaded"] = loaded_and_unsharded(model, device)
         if variant in ("plain", "gathered"):
             with torch.no_grad(), Gathered() as gathered:
                 model(torch.randn(32, DIM, device=device))
@@ -140,6 +141,7 @@ def all_variants(rank, device):
         if variant == "tracked":
             check_loading(model, device)
     found["amaxes"] = amaxes_of_two_axes(device)
+    found["tied"] = tied_variants(device)
     return found
 
 
@@ -187,6 +189,50 @@ def check_loading(model, device):
     assert torch.equal(after[0], before[0] * 3) and after[1] == after[0].bfloat16()
 
 
+def loaded_and_unsharded(model, device):
+    """Loaded weights that are gathered before the model's forward, as pipeline schedules do."""
+    state = {k: v * (3 + v.sign()) for k, v in get_model_state_dict(model).items()}
+    set_model_state_dict(model, state)
+    model.layers[1].unshard()
+    with torch.no_grad():
+        return model(torch.ones(32, DIM, device=device))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(DIM, DIM, bias=False), nn.Linear(DIM, DIM, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+
+def tied(device, rules=(), **options):
+    """Outputs and gradients of two linears with one weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Tied()).to(device)
+    convert(model, bf16_last_fraction=0, backend="reference", rules=rules)
+    if options:
+        track_weights(model, **options)
+    mesh = init_device_mesh(device.type, (2,))
+    for part in (model[0], model):
+        fully_shard(part, mesh=mesh).set_force_sum_reduction_for_comms(True)
+    x = torch.randn(32, DIM, generator=torch.Generator().manual_seed(1)).to(device)
+    x.requires_grad_()
+    y = model(x)
+    y.square().mean().backward()
+    return y.detach(), x.grad, model[0].a.weight.grad.full_tensor()
+
+
+def tied_variants(device):
+    codes = {"fp4_all_gather": True, "keep_codes": True}
+    return {
+        rules: [tied(device, rules, **o) for o in ({}, {"keep_weights": True}, codes)]
+        for rules in ((), ("*.b=nvfp4_mxfp8",))
+    }
+
+
 def amaxes_of_two_axes(device):
     """Amaxes over TP and FSDP axes, per expert where experts are split; one expert holds a NaN."""
     mesh = init_device_mesh(device.type, (1, 2), mesh_dim_names=("fsdp", "tp"))
@@ -227,6 +273,20 @@ def ranks(request, tmp_path_factory):
 def test_every_variant_is_bit_equal_to_plain_fsdp(ranks, variant):
     for found in ranks:
         assert all(map(torch.equal, found[variant], found["plain"]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS[1:])
+def test_loaded_weights_may_be_gathered_before_the_forward(ranks, variant):
+    for found in ranks:
+        assert torch.equal(found[f"{variant} loaded"], found["plain loaded"])
+
+
+def test_linears_of_one_weight(ranks):
+    """With one recipe, and with two, of which the second does not read the codes of the first."""
+    for found in ranks:
+        for plain, *others in found["tied"].values():
+            for other in others:
+                assert all(map(torch.equal, other, plain))
 
 
 def test_gathered_bytes(ranks):

@@ -88,6 +88,10 @@ CHECKED = {
     "odd seq_len": (["--training.seq_len=37"], "multiple of 2"),
     "validation longer than training": (["--training.seq_len=64"], "validation.seq_len"),
     "batch that does not divide": (["--training.global_batch_size=6"], "multiple of"),
+    "optimizer steps between microbatches": (
+        ["--optimizer.early_step_in_backward", "--training.global_batch_size=16"],
+        "changes weights in every microbatch",
+    ),
     "more ranks than processes": (["--parallelism.data_parallel_shard_degree=3"], "change NGPU"),
     "tensor parallel on one": (["--parallelism.tensor_parallel_degree=2"], "change NGPU"),
     "no room for EP": (["--parallelism.expert_parallel_degree=2"], "does not divide"),

@@ -1,5 +1,7 @@
 """Weights quantized once an optimizer step: the same bits, less work, nothing stale."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -128,10 +130,11 @@ def test_autocast_and_compile():
     torch._dynamo.reset()
 
 
-def test_a_written_weight_is_quantized_again_though_nobody_tells():
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_written_weight_is_quantized_again_though_nobody_tells(keep):
     expected = train(build(False))
-    assert equal(train(build(), tell=False), expected)
-    model, other = build(), build(False)
+    assert equal(train(build(keep), tell=False), expected)
+    model, other = build(keep), build(False)
     for m in (model, other):
         m(*batch(0))
         with torch.no_grad():
@@ -139,6 +142,67 @@ def test_a_written_weight_is_quantized_again_though_nobody_tells():
             m.up.weight[0, 0] = 9
     other._nvfp4_weights.fresh = False
     assert torch.equal(model(*batch(1)), other(*batch(1)))
+
+
+def exchanged(model, weights):
+    for name, p in weights.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(p))
+    return model(*batch(1))
+
+
+def averaged(model, weights):
+    """As torch.optim.swa_utils.AveragedModel: a copy, written in place."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            p.copy_(weights[name])
+    return other(*batch(1))
+
+
+def called_with(model, weights):
+    torch.func.functional_call(model, {n: 2 * w for n, w in weights.items()}, batch(1))
+    return torch.func.functional_call(model, weights, batch(1))
+
+
+def part_loaded(model, weights):
+    for part in ("up", "down", "experts"):
+        prefix = f"{part}."
+        own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+        getattr(model, part).load_state_dict(own)
+    return model(*batch(1))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("change", [exchanged, averaged, called_with, part_loaded])
+def test_other_weights_are_quantized_anew(change, keep):
+    model, untracked = build(keep), Model()
+    model(*batch(0))
+    weights = {name: p.detach().clone() * 5 for name, p in model.named_parameters()}
+    convert(untracked, bf16_last_fraction=0, backend="reference")
+    untracked.load_state_dict(weights)
+    assert torch.equal(change(model, weights), untracked(*batch(1)))
+
+
+def test_a_model_that_is_compiled_whole():
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(DIM, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, DIM))
+    convert(model, bf16_last_fraction=0, backend="reference")
+    track_weights(model)
+    x = batch(0)[0]
+    y = model(x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), y)
+    torch._dynamo.reset()
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model, other = build(False), Model()
+        convert(other, bf16_last_fraction=0, backend="reference")
+        other.load_state_dict(model.state_dict())
+        for _ in range(2):
+            assert torch.equal(model(*batch(0)), other(*batch(0)))
 
 
 def test_loaded_weights_are_quantized_anew():
