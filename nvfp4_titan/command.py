@@ -1,11 +1,12 @@
-"""What commands share: options for every job, errors as one line, stopping, exit statuses."""
+"""What commands share: options for every job, files of results, errors as one line, stopping."""
 
 import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 
-from .errors import OutOfTime, UserError
+from .errors import ConfigError, OutOfTime, UserError
 
 USAGE, OUT_OF_TIME, INTERRUPTED = 2, 3, 130
 
@@ -14,6 +15,32 @@ def split_options(argv: list[str]) -> tuple[list[str], tuple[str, ...]]:
     """A command's own options, and those after "--", which go to every job."""
     split = argv.index("--") if "--" in argv else len(argv)
     return argv[:split], tuple(argv[split + 1 :])
+
+
+def result_file(output: Path, suffix: str) -> Path:
+    """OUTPUT and a suffix, whatever dots a model's name has.
+
+    Raises:
+        ConfigError: it cannot be written; so it can be asked for before the work.
+    """
+    path = output.with_name(output.name + suffix)
+    check_writable(path)
+    return path
+
+
+def check_writable(path: Path) -> None:
+    """Check that a file can be written; what is in it stays.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+        if not path.stat().st_size:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}): give another") from error
 
 
 def reporting(main: Callable[..., int]) -> Callable[..., int]:

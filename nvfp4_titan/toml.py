@@ -1,5 +1,7 @@
 """Reading a job's TOML."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import tomli
@@ -19,3 +21,9 @@ def read_toml(path: Path) -> dict:
         return tomli.loads(path.read_text(encoding="utf-8"))
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} is not valid TOML: {error}") from error
+
+
+def toml_sha256(path: Path) -> str:
+    """SHA-256 of what a TOML says, in hex; not of how it is written."""
+    said = json.dumps(read_toml(path), sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).hexdigest()

@@ -20,9 +20,10 @@ import tyro
 
 from nvfp4_titan.bench.jobs import run_jobs, select
 from nvfp4_titan.bench.parallel import DEEPSEEK, LLAMA, PLANS, Settings, compared, plot
-from nvfp4_titan.command import reporting, split_options
+from nvfp4_titan.command import reporting, result_file, split_options
 from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.titan.corpus import tokenizer_path
+from nvfp4_titan.toml import read_toml
 
 CONFIGS = Path(__file__).parents[1] / "train_configs"
 SIZES = {
@@ -72,6 +73,8 @@ class Arguments:
 
     def settings(self, options: tuple[str, ...]) -> Settings:
         """What the plan is made from; options are torchtitan's, for every job."""
+        for config in filter(None, (self.llama, self.deepseek)):
+            read_toml(config)
         given = {m: path for m, path in ((LLAMA, self.llama), (DEEPSEEK, self.deepseek)) if path}
         if self.gpus not in (None, 2) and self.plan != "full":
             raise ConfigError(f"plan {self.plan} takes 2 GPUs: leave out --gpus {self.gpus}")
@@ -88,13 +91,22 @@ class Arguments:
         )
 
 
+def _earlier(path: Path) -> dict[str, dict]:
+    """The jobs that a results file has, {} where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())["runs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no file of jobs' results: give another --output") from error
+
+
 @reporting
 def main(argv: list[str]) -> int:
     own, options = split_options(argv)
     arguments = tyro.cli(Arguments, args=own)
-    path = arguments.output.with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text())["runs"] if path.is_file() else {}
+    path = result_file(arguments.output, ".json")
+    results = _earlier(path)
     plan = PLANS[arguments.plan](arguments.settings(options), arguments.folder)
     jobs = select(plan, arguments.only)
     for name, result in run_jobs(jobs, arguments.folder, arguments.timeout, arguments.budget):
@@ -103,7 +115,7 @@ def main(argv: list[str]) -> int:
         results[name] = result
         content = {"command": " ".join(sys.argv), "compared": compared(results)}
         path.write_text(json.dumps(content | {"runs": results}, indent=1) + "\n")
-    plot(results, arguments.output.with_suffix(".png"))
+    plot(results, result_file(arguments.output, ".png"))
     print(json.dumps(compared(results), indent=1))
     return int(any(results[job.name]["status"] != "ok" for job in jobs))
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tyro
 
-from nvfp4_titan.command import exit_status, split_options
+from nvfp4_titan.command import exit_status, result_file, split_options
 from nvfp4_titan.convergence.archive import carried
 from nvfp4_titan.convergence.check import Found, Plan, read_all, run_all, verdicts
 from nvfp4_titan.convergence.slots import Slots
@@ -88,11 +88,15 @@ def _check(arguments: Arguments, options: tuple[str, ...]) -> int:
         options,
         arguments.checkpoint_interval,
     )
+    if arguments.report:
+        result_file(arguments.output, ".json")  # before hours of work
     slots = Slots(arguments.gpus, arguments.per_gpu)
     with carried(arguments.runs, arguments.take, arguments.pack) as pack:
         launched = arguments.launch
         found = run_all(plan, slots, arguments.time_limit, pack) if launched else read_all(plan)
-    if not arguments.report:
+    if not (arguments.report and found.runs):
+        for error in found.errors.values():
+            print(f"error: {error}", file=sys.stderr)
         return NOT_PASSED if found.errors else 0
     return _report(arguments, plan, found)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from nvfp4_titan.command import exit_status, split_options
+from nvfp4_titan.command import exit_status, result_file, split_options
 from nvfp4_titan.deploy.table import (
     TableOptions,
     format_tables,
@@ -29,6 +29,7 @@ from nvfp4_titan.deploy.table import (
     read_tables,
     write_tables,
 )
+from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.titan import cpu_runtime
 
 
@@ -67,11 +68,14 @@ def _compare(arguments: Arguments, extra: tuple[str, ...], command: str) -> int:
 
     options = arguments.table
     deadline = arguments.time_limit and time.monotonic() + arguments.time_limit
-    tables = read_tables(arguments.output.with_suffix(".json"))
+    tables = read_tables(result_file(arguments.output, ".json"))
     for file in arguments.take:
+        if not file.is_file():
+            raise ConfigError(f"--take {file} is not there")
         merge(tables, read_tables(file))
-    table = place(tables, arguments.config.stem, _device(options.device), options.request(extra))
     comparison = Comparison(arguments.config, arguments.runs, options, extra, deadline)
+    request = options.request(arguments.config, extra)
+    table = place(tables, arguments.config.stem, _device(options.device), request)
     missing = tuple(recipe for recipe in options.recipes if recipe not in table["recipes"])
     for recipe, part in comparison.parts(missing) if missing else ():
         part["commit"] = arguments.commit or part["commit"]
@@ -85,6 +89,9 @@ def _compare(arguments: Arguments, extra: tuple[str, ...], command: str) -> int:
 
 
 def _device(name: str) -> str:
+    from nvfp4_titan.titan.evaluate import check_device
+
+    check_device(name)
     return torch.cuda.get_device_name() if name.startswith("cuda") else name
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import tyro
 
-from nvfp4_titan.command import exit_status, split_options
+from nvfp4_titan.command import exit_status, result_file, split_options
 from nvfp4_titan.convergence.archive import carried
 from nvfp4_titan.convergence.check import Found, Plan, run_all
-from nvfp4_titan.convergence.recipes import ROWS, format_table, table
+from nvfp4_titan.convergence.recipes import CONTROL, ROWS, format_table, table
 from nvfp4_titan.convergence.slots import Slots
 from nvfp4_titan.convergence.variants import parse_variant
 
@@ -73,6 +73,7 @@ def _compare(arguments: Arguments, options: tuple[str, ...]) -> int:
         checkpoint_interval=arguments.checkpoint_interval,
     )
     slots = Slots(arguments.gpus)
+    result_file(arguments.output, ".json")  # before hours of work
     with carried(arguments.runs, arguments.take, arguments.pack) as pack:
         found = run_all(plan, slots, arguments.time_limit, pack)
     return _report(arguments.output, found)
@@ -82,14 +83,15 @@ def _report(output: Path, found: Found) -> int:
     # matplotlib takes a second.
     from nvfp4_titan.convergence.results import write_results
 
-    if found.errors:  # each was printed when it came
-        return FAILED
     runs = {row: run for (row, _), run in found.runs.items()}
-    figures = table(runs)
-    write_results(output, {"rows": figures}, runs)
-    output.with_suffix(".md").write_text(format_table(figures) + "\n")
-    print(format_table(figures))
-    return 0
+    if CONTROL in runs:  # what failed was printed when it came
+        figures = table(runs)
+        write_results(output, {"rows": figures}, runs)
+        missing = [f"\n{row} failed: {error}" for (row, _), error in found.errors.items()]
+        text = "\n".join([format_table(figures), *missing])
+        result_file(output, ".md").write_text(text + "\n")
+        print(text)
+    return FAILED if found.errors else 0
 
 
 if __name__ == "__main__":

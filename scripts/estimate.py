@@ -8,6 +8,7 @@ Prints bf16 beside NVFP4. Options after -- are torchtitan's. docs/scale.md says 
 """
 
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -20,7 +21,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 
-from nvfp4_titan.command import reporting, split_options
+from nvfp4_titan.command import check_writable, reporting, split_options
+from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.titan import cpu_runtime
 
 
@@ -47,10 +49,13 @@ def main(argv: list[str]) -> int:
     from nvfp4_titan.titan.estimate import compare, format_table
     from nvfp4_titan.titan.record import source_commit
 
+    if arguments.output:
+        check_writable(arguments.output)
+    if not 0 < arguments.device_gib < math.inf:
+        raise ConfigError(f"--device-gib {arguments.device_gib:g} must be a number above 0")
     found = compare(arguments.config, arguments.ranks, options)
     print(format_table(found, arguments.device_gib))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "command": " ".join(sys.argv),
             "torch": torch.__version__,

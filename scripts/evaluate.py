@@ -11,6 +11,7 @@ import torch
 import tyro
 
 from nvfp4_titan.command import reporting
+from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.titan import cpu_runtime
 
 
@@ -51,11 +52,18 @@ def main(
         "dtype": dtype,
         "tokenizer": tokenizer,
     }
-    rows = {str(path): evaluate(path, **options) for path in models}
+    if missing := [path for path in models if not path.is_dir()]:
+        raise ConfigError(f"{missing[0]} is not a folder: give runs, checkpoints or models")
+    if not models:
+        raise ConfigError("no model is named: give a run, a checkpoint or a model")
+    about = {"command": sys.argv, "device": device, "torch": torch.__version__}
+    about |= {"dataset": dataset, "seq_len": seq_len}
+    rows = {}
+    for path in models:
+        rows[str(path)] = evaluate(path, **options)
+        if output is not None:
+            write_results(output, rows, about)
     print(format_table(rows))
-    if output is not None:
-        about = {"command": sys.argv, "device": device, "torch": torch.__version__}
-        write_results(output, rows, about | {"dataset": dataset, "seq_len": seq_len})
     return 0
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from ..command import result_file
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -120,10 +122,9 @@ def write(
         title: Title of the figure.
         environment: Of the run.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps(as_json(rows, environment), indent=1) + "\n"
-    output.with_suffix(".json").write_text(content)
-    _plot(rows, output.with_suffix(".png"), ratio, f"{title}, {environment.device}")
+    result_file(output, ".json").write_text(content)
+    _plot(rows, result_file(output, ".png"), ratio, f"{title}, {environment.device}")
 
 
 def _plot(rows: list[BenchRow], path: Path, ratio: str, title: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
+from ..command import check_writable
 from ..errors import ConfigError
 from .launch import REQUEST, read_request
 from .runs import RECORD
@@ -80,6 +81,8 @@ def carried(runs: Path, take: Iterable[Path], archive: Path | None) -> Iterator[
         with suppress(OSError):
             pack_finished(runs, archive)
 
+    if archive is not None:
+        check_writable(archive)
     for given in take:
         print(f"{given}: took {', '.join(unpack(given, runs)) or 'nothing new'}")
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, OutOfTime
 from ..toml import read_toml
-from .launch import Job, read_request
+from .launch import Job, read_request, settings, validates
 from .progress import Progress
 from .recipes import CONTROL, machine_options
 from .runs import Run, read_run
@@ -46,9 +46,16 @@ class Plan:
 
     def __post_init__(self):
         config = read_toml(self.config)
+        own = {"debug.seed": "seeds", "nvfp4.seed": "seeds", "nvfp4.recipe": "variants"}
+        own |= {"model.converters": "variants", "checkpoint.interval": "checkpoint-interval"}
+        own |= {"job.dump_folder": "runs"}
+        if taken := [name for name in own if name in settings(self.options)]:
+            raise ConfigError(f"--{taken[0]} is set for each run: use --{own[taken[0]]}")
+        if self.checkpoint_interval < 1:
+            raise ConfigError(f"--checkpoint-interval {self.checkpoint_interval}: give 1 or more")
         if not self.variants or self.variants[0].recipe != CONTROL:
             raise ConfigError(f"the first variant must be the control, {CONTROL}")
-        if not self._validates(config):
+        if not validates(config, self.options):
             raise ConfigError(
                 f"validation losses are compared, and the jobs have none: set validation.enable in "
                 f"{self.config}, or give -- --validation.enable"
@@ -60,13 +67,6 @@ class Plan:
             raise ConfigError(f"the control has no seeds {sorted(missing)}: add them to --seeds")
         if not self.seeds:
             raise ConfigError("give at least one seed")
-
-    def _validates(self, config: dict) -> bool:
-        names = [option.partition("=")[0] for option in self.options]
-        given = [n for n in names if n in ("--validation.enable", "--validation.no-enable")]
-        if given:
-            return given[-1] == "--validation.enable"
-        return bool(config.get("validation", {}).get("enable"))
 
     def seeds_of(self, variant: Variant) -> tuple[int, ...]:
         """Seeds that a variant is run with."""
@@ -193,9 +193,10 @@ def _check_request(job: Job) -> None:
     if not content.get("finished"):
         raise ConfigError(f"{job.folder} has not finished")
     # However many processes this shell would start: what they saw is compared (runs.py).
-    if differing := [key for key in job.differing(content) if key != "ngpu"]:
-        asked = ", ".join(f"{key} {content.get(key)}" for key in differing)
-        raise ConfigError(f"{job.folder} was run with other {asked}: ask for the same")
+    if differing := [what for what in job.differing(content) if what != "NGPU"]:
+        raise ConfigError(
+            f"{job.folder} was run with other {', '.join(differing)}: ask for the same"
+        )
 
 
 def verdicts(plan: Plan, found: Found, limits: Thresholds) -> dict[str, Verdict | str]:

@@ -5,7 +5,7 @@ its dump. A job that has finished with the same request is not run again, on wha
 was; one that was cut off goes on from its last checkpoint, or begins anew where it has none.
 """
 
-import hashlib
+import fcntl
 import json
 import os
 import re
@@ -15,12 +15,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConfigError, OutOfTime
-from ..toml import read_toml
+from ..toml import toml_sha256
 from .runs import RECORD, Run, check_settings, read_run
 
 REQUEST, LOG = "request.json", "log.txt"
@@ -59,9 +60,8 @@ class Job:
 
     def request(self) -> dict:
         """What must agree for a finished run to count; of the TOML what it says, not how."""
-        said = json.dumps(read_toml(self.config), sort_keys=True, default=str)
         return {
-            "config_sha256": hashlib.sha256(said.encode()).hexdigest(),
+            "config_sha256": toml_sha256(self.config),
             "options": list(self.options),
             "ngpu": os.environ.get("NGPU", "1"),
         }
@@ -107,12 +107,11 @@ class Job:
     def differing(self, asked: dict) -> list[str]:
         """What a request.json asks for that this job does not; options may come in any order."""
         request = self.request()
-        same = settings(asked.get("options", ())) == settings(self.options)
-        return [
-            key
-            for key, value in request.items()
-            if asked.get(key) != value and not (key == "options" and same)
-        ]
+        names = {"config_sha256": "contents of the TOML", "ngpu": "NGPU"}
+        found = [what for key, what in names.items() if asked.get(key) != request[key]]
+        given, own = settings(asked.get("options", ())), settings(self.options)
+        options = [name for name in {**given, **own} if given.get(name) != own.get(name)]
+        return found + [f"--{name}" for name in options]
 
     def run(
         self,
@@ -131,8 +130,9 @@ class Job:
             OutOfTime: it was told to stop at the deadline.
         """
         if not self.finished():
-            self._prepare()
-            self._execute(deadline, watch)
+            with _held(self.folder) as lock:
+                self._prepare()
+                self._execute(deadline, watch, lock)
             run = read_run(self.folder)
             if missing := run.missing_steps():
                 raise ConfigError(
@@ -154,7 +154,9 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         _write_request(self.folder, self.request())
 
-    def _execute(self, deadline: float | None, watch: Callable[[int, str], None]) -> None:
+    def _execute(
+        self, deadline: float | None, watch: Callable[[int, str], None], lock: int
+    ) -> None:
         path = self.folder / LOG
         print(shlex.join(self.command()), flush=True)
         with path.open("ab") as log:
@@ -165,6 +167,7 @@ class Job:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=(lock,),
                 env=os.environ | self.environment,
             )
         different, compared = None, self.like is None
@@ -199,6 +202,25 @@ class Job:
         return None
 
 
+@contextmanager
+def _held(folder: Path) -> Iterator[int]:
+    """Hold a run's folder; gives what its process must inherit, which holds it as long as it lives.
+
+    Raises:
+        ConfigError: it is held: its process may have outlived the call that started it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder} is being made by another call, or by a run that outlived its call: wait "
+                "for it, or end it"
+            ) from None
+        yield file.fileno()
+
+
 def settings(options: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """What torchtitan's options set, by name: their order does not matter, the last one counts."""
     found: dict[str, tuple[str, ...]] = {}
@@ -213,6 +235,12 @@ def settings(options: Sequence[str]) -> dict[str, tuple[str, ...]]:
         name = f"{section}.{key.removeprefix('no_')}"
         found[name] = (value,) if given else (("off",) if off else ())
     return found
+
+
+def validates(config: dict, options: Sequence[str]) -> bool:
+    """Whether a job validates, by its TOML and torchtitan's options over it."""
+    given = settings(options).get("validation.enable")
+    return bool(config.get("validation", {}).get("enable")) if given is None else given != ("off",)
 
 
 def read_request(folder: Path) -> dict:

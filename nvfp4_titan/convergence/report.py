@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from ..command import result_file
 from ..errors import ConfigError
 from .check import Found, Plan, control_noise
 from .plot import plot_gaps
@@ -202,10 +203,9 @@ def write_report(
     """
     if not found.runs:
         raise ConfigError("; ".join(found.errors.values()) or "there is no run")
-    output.parent.mkdir(parents=True, exist_ok=True)
     spread = control_noise(plan, found, limits)
     rows = run_rows(plan, found, limits, commit)
-    output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    result_file(output, ".json").write_text(json.dumps(rows, indent=1) + "\n")
     record = next(iter(found.runs.values())).record
     details = {
         "passed": passed(verdicts),
@@ -225,12 +225,11 @@ def write_report(
             for (name, seed), run in found.runs.items()
         },
     }
-    path = output.with_name(f"{output.name}_verdict.json")
-    path.write_text(json.dumps(details, indent=1) + "\n")
+    result_file(output, "_verdict.json").write_text(json.dumps(details, indent=1) + "\n")
     text = markdown(plan, found, verdicts, spread, limits)
-    output.with_suffix(".md").write_text(text)
+    result_file(output, ".md").write_text(text)
     curves = {variant.name: found.of(variant) for variant in plan.variants if found.of(variant)}
     if plan.variants[0].name in curves:
         title = f"{_model(next(iter(found.runs.values())))}, {record['device']}"
-        plot_gaps(curves, title, output.with_suffix(".png"))
+        plot_gaps(curves, title, result_file(output, ".png"))
     return text

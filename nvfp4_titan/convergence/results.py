@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from ..command import result_file
 from .plot import plot_losses
 from .runs import Run
 
@@ -34,8 +35,7 @@ def write_results(output: Path, figures: dict, runs: dict[str, Run]) -> None:
         "train_loss": {name: run.train for name, run in runs.items()},
         "validation": {name: run.validation for name, run in runs.items()},
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    result_file(output, ".json").write_text(json.dumps(result, indent=1) + "\n")
     model = record["config"]["model"]
     title = f"{model['name']} {model['flavor']}, {record['device']}"
-    plot_losses(runs, title, output.with_suffix(".png"))
+    plot_losses(runs, title, result_file(output, ".png"))

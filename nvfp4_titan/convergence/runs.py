@@ -33,6 +33,7 @@ _SAME = (
     ("config", "training", "seq_len"),
     ("config", "training", "local_batch_size"),
     ("config", "training", "global_batch_size"),
+    ("config", "training", "max_norm"),
     ("config", "training", "steps"),
     ("config", "optimizer"),
     ("config", "lr_scheduler"),
@@ -230,7 +231,13 @@ def smallest_expert_share(tokens_per_expert: dict[str, list[float]]) -> float:
 
 def _json(path: Path, optional: bool = False) -> dict | None:
     if path.is_file():
-        return json.loads(path.read_text())
+        try:
+            content = json.loads(path.read_text())
+        except ValueError:
+            content = None
+        if not isinstance(content, dict) or (path.name == RECORD and "config" not in content):
+            raise ConfigError(f"{path} is damaged: make its run again")
+        return content
     if optional:
         return None
     raise ConfigError(f"{path} is not there: start the run with python -m nvfp4_titan.train")

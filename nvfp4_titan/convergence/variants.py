@@ -4,15 +4,18 @@ A variant is a recipe and torchtitan's options on top. The ablations are those o
 (arXiv 2509.25149, section 4 and appendix), in its order: what it says each does is in `expected`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from ..errors import ConfigError
 from ..recipe import RECIPES, Change, parse_schedule
+from .launch import settings
 from .recipes import CONTROL, FLOAT8, row_options
 
 _SCHEDULE = "--nvfp4.schedule="
+_NAME = re.compile(r"\w[\w.+-]*")
 DEFAULT = "default"
 """Name of a recipe's own variant in results."""
 
@@ -46,7 +49,7 @@ class Variant:
 
     def schedule(self, steps: int) -> tuple[Change, ...]:
         """Changes of formats that its own options ask for, in a run of so many steps."""
-        texts = [o.removeprefix(_SCHEDULE) for o in self.options if o.startswith(_SCHEDULE)]
+        texts = settings(self.options).get("nvfp4.schedule", ())
         return parse_schedule([change for text in texts for change in text.split(",")], steps)
 
 
@@ -84,6 +87,8 @@ def parse_variant(text: str) -> Variant:
     name, (recipe, *options) = name.strip(), (rest.split() or [""]) if equals else [name.strip()]
     if equals and not (name and recipe):
         raise ConfigError(f"variant {text!r} is not of the form 'name=recipe option option ..'")
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"variant {name!r} names a folder: use letters, digits, '_', '-' and '.'")
     if not equals and name in ABLATIONS:
         return ABLATIONS[name]
     if recipe not in (*RECIPES, FLOAT8):

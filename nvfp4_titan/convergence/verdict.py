@@ -40,6 +40,9 @@ class Thresholds:
     divergence: float = 0.05
 
     def __post_init__(self):
+        for name in ("gap", "spike", "divergence"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} {getattr(self, name):g} must be a number above 0")
         if not 0 < self.confidence < 1:
             raise ConfigError(f"confidence {self.confidence:g} must be between 0 and 1: try 0.95")
         if not 0 < self.final_fraction <= 1:

@@ -14,7 +14,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..command import result_file
 from ..errors import ConfigError
+from ..toml import toml_sha256
 
 KINDS = ("bf16", "PTQ", "QAT")
 
@@ -44,11 +46,16 @@ class TableOptions:
     calibration_dataset: str = "stdlib"
     """Text that static activation scales are taken from."""
 
-    def request(self, extra: Iterable[str]) -> dict:
-        """What must agree for a part to count: all but the recipes, which a table may add."""
+    def request(self, config: Path, extra: Iterable[str]) -> dict:
+        """What must agree for a part to count: all but the recipes, which a table may add.
+
+        Args:
+            config: TOML of the runs.
+            extra: torchtitan's options of every run.
+        """
         asked = asdict(self)
         del asked["recipes"]
-        return asked | {"extra": list(extra)}
+        return asked | {"config_sha256": toml_sha256(config), "extra": list(extra)}
 
 
 def read_tables(file: Path) -> list[dict]:
@@ -100,9 +107,8 @@ def format_tables(tables: list[dict]) -> str:
 
 def write_tables(output: Path, tables: list[dict]) -> None:
     """Write OUTPUT.json and OUTPUT.md."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps({"tables": tables}, indent=1) + "\n")
-    output.with_suffix(".md").write_text(format_tables(tables) + "\n")
+    result_file(output, ".json").write_text(json.dumps({"tables": tables}, indent=1) + "\n")
+    result_file(output, ".md").write_text(format_tables(tables) + "\n")
 
 
 def plot_tables(output: Path, tables: list[dict]) -> None:
@@ -122,4 +128,4 @@ def plot_tables(output: Path, tables: list[dict]) -> None:
         least = min(p["bf16"]["perplexity"] for p in table["recipes"].values())
         axes.set_ylim(bottom=0.95 * least)
         axes.legend()
-    figure.savefig(output.with_suffix(".png"), dpi=120)
+    figure.savefig(result_file(output, ".png"), dpi=120)

@@ -14,14 +14,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..convergence.launch import Job, read_request
+from ..convergence.launch import Job, read_request, settings, validates
 from ..convergence.runs import Run
 from ..deploy import get_deploy_recipe
 from ..deploy.table import TableOptions
-from ..errors import OutOfTime
+from ..errors import ConfigError, OutOfTime
 from ..toml import read_toml
 from .evaluate import evaluate
 from .finalize import FinalizeOptions, finalize
+
+_OWN = {
+    "model.converters": "--recipes",
+    "qat.recipe": "--recipes",
+    "optimizer.lr": "--tune-lr, and the TOML's for the base",
+    "lr_scheduler.warmup_steps": "the TOML's for the base",
+    "training.steps": "--base-steps and --tune-steps",
+    "checkpoint.initial_load_path": "--runs",
+}
+"""What differs between the runs of a comparison, by option, and what sets it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,8 @@ class Comparison:
         deadline: `time.monotonic()` after which nothing new is begun; a run is saved and stopped.
 
     Raises:
-        ConfigError: the TOML is not there, or a recipe is unknown.
+        ConfigError: the TOML is not there or has no validation, a recipe is unknown, or options of
+            every run name what the columns differ in.
     """
 
     config: Path
@@ -46,7 +57,17 @@ class Comparison:
     deadline: float | None = None
 
     def __post_init__(self):
-        read_toml(self.config)
+        config, given = read_toml(self.config), settings(self.extra)
+        if taken := [name for name in _OWN if name in given]:
+            raise ConfigError(
+                f"--{taken[0]} after -- is what the columns differ in: use {_OWN[taken[0]]}"
+            )
+        if not validates(config, self.extra):
+            raise ConfigError(
+                f"the base's validation loss is told: set validation.enable in {self.config}"
+            )
+        if not self.options.recipes:
+            raise ConfigError("--recipes is empty: name one deploy recipe or more")
         for recipe in self.options.recipes:
             get_deploy_recipe(recipe)
 
@@ -96,8 +117,8 @@ class Comparison:
             self.config,
             self.folder / name,
             (
-                *options,
                 *self.extra,
+                *options,
                 f"--training.steps={steps}",
                 "--checkpoint.enable",
                 f"--checkpoint.interval={steps}",

@@ -123,11 +123,11 @@ def test_errors_name_the_fix(tmp_path, capsys):
 
 
 def test_experts_that_counted_no_validation_are_left_out():
-    sizes = ("seq_len", "local_batch_size", "global_batch_size")
+    sizes = ("seq_len", "local_batch_size", "global_batch_size", "max_norm")
     section = dict.fromkeys(("seed", "flavor", "dataset", "dataset_path", *sizes))
     section["steps"] = 2
     config = dict.fromkeys(("debug", "model", "training", "optimizer", "lr_scheduler"), section)
-    record = {"corpus_sha256": 1, "tokenizer_sha256": 1, "config": config | {"validation": {}}}
+    record = {"corpus_sha256": {}, "tokenizer_sha256": 1, "config": config | {"validation": {}}}
 
     def run(*counts):
         steps = {1: 1.0, 2: 1.0}

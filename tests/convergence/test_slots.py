@@ -71,7 +71,7 @@ def test_a_failure_does_not_stop_the_others(tmp_path, use, capsys):
 
 def recorded(corpus, path=None):
     training = {"dataset": "pysource", "dataset_path": path} | dict.fromkeys(
-        ("seq_len", "local_batch_size", "global_batch_size", "steps"), 8
+        ("seq_len", "local_batch_size", "global_batch_size", "max_norm", "steps"), 8
     )
     sections = {"model": {"flavor": "x"}, "training": training}
     config = sections | dict.fromkeys(("optimizer", "lr_scheduler", "validation"), {})

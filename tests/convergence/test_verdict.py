@@ -41,7 +41,7 @@ def made(seed=0, gap=0.0, train=lambda step: 1.0, **changes):
         "metrics": {"log_freq": EVERY},
         "training": {
             "dataset": "d", "dataset_path": None, "seq_len": 8, "local_batch_size": 1,
-            "global_batch_size": -1, "steps": STEPS,
+            "global_batch_size": -1, "steps": STEPS, "max_norm": 1.0,
         },
         "optimizer": {}, "lr_scheduler": {}, "validation": {},
     }  # fmt: skip

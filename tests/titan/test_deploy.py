@@ -78,7 +78,7 @@ def _check_table(folder, monkeypatch):
 
     made = []
 
-    def execute(job, deadline, watch):
+    def execute(job, deadline, watch, lock):
         made.append(job.folder.name)
         run(job.command()[3:])
 
@@ -268,7 +268,7 @@ def test_one_file_holds_tables_of_several_machines(tmp_path):
     options = TableOptions(steps=2)
     tables = read_tables(tmp_path / "qat.json")
     for device, recipe in (("cpu", "nvfp4"), ("H100", "nvfp4"), ("cpu", "mxfp8")):
-        table = place(tables, "llama3_debug", device, options.request(()))
+        table = place(tables, "llama3_debug", device, options.request(CONFIG, ()))
         table["recipes"][recipe] = part
         write_tables(tmp_path / "qat", tables)
         tables = read_tables(tmp_path / "qat.json")
@@ -277,8 +277,11 @@ def test_one_file_holds_tables_of_several_machines(tmp_path):
         ("H100", ["nvfp4"]),
     ]
     # Other options are another table, even where one asks for more recipes.
-    assert place(tables, "llama3_debug", "cpu", TableOptions(steps=3).request(()))["recipes"] == {}
-    more = replace(options, recipes=("mxfp4",)).request(())
+    assert (
+        place(tables, "llama3_debug", "cpu", TableOptions(steps=3).request(CONFIG, ()))["recipes"]
+        == {}
+    )
+    more = replace(options, recipes=("mxfp4",)).request(CONFIG, ())
     merge(tables, [{**tables[1], "options": more, "recipes": {"mxfp4": part, "nvfp4": {}}}])
     assert tables[1]["recipes"] == {"mxfp4": part, "nvfp4": part}
     assert "| llama3_debug | H100 | mxfp4 | 9.000 | 9.125 | 9.250 | 1.25 |" in format_tables(tables)
@@ -294,9 +297,24 @@ def test_a_comparison_needs_its_toml(tmp_path):
 
     with pytest.raises(ConfigError, match="is not there: see train_configs"):
         Comparison(tmp_path / "no.toml", tmp_path, TableOptions())
-    (tmp_path / "job.toml").touch()
-    with pytest.raises(ConfigError, match="deploy recipe 'nvpf4' is unknown"):
-        Comparison(tmp_path / "job.toml", tmp_path, TableOptions(recipes=("nvpf4",)))
+    for options, extra, message in (
+        (TableOptions(recipes=("nvpf4",)), (), "deploy recipe 'nvpf4' is unknown"),
+        (TableOptions(recipes=()), (), "--recipes is empty"),
+        (TableOptions(), ("--optimizer.lr=1",), "use --tune-lr"),
+        (TableOptions(), ("--model.converters", "nvfp4"), "use --recipes"),
+        (TableOptions(), ("--validation.no_enable",), "set validation.enable"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Comparison(CONFIG, tmp_path, options, extra)
+
+
+def test_a_table_is_of_one_toml(tmp_path):
+    config = tmp_path / "llama3_debug.toml"
+    config.write_text(CONFIG.read_text())
+    requests = [TableOptions().request(path, ()) for path in (CONFIG, config)]
+    assert requests[0] == requests[1]
+    config.write_text(CONFIG.read_text().replace("lr = ", "lr = 1"))
+    assert TableOptions().request(config, ()) != requests[0]
 
 
 def test_int4_packing_round_trips_as_compressed_tensors_packs():
