@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -119,6 +120,16 @@ SMALL_RUN = (
     "--activation_checkpoint.mode=none",
 )
 """torchtitan's options of a run that takes seconds and logs every step."""
+
+
+def processes_naming(folder: Path) -> list[int]:
+    """Numbers of this host's processes, a rank's data worker too, whose command names a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended since
+            if str(folder) in path.read_text(errors="replace"):
+                found.append(int(path.parent.name))
+    return found
 
 
 def logged_losses(dump_folder: Path) -> dict[int, float]:

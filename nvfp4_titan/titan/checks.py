@@ -5,6 +5,7 @@ from dataclasses import fields, is_dataclass
 
 from tokenizers import Tokenizer
 from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
 from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan.protocols.model_converter import _registry_model_converter_cls as CONVERTERS
 from torchtitan.protocols.train_spec import get_train_spec
@@ -29,11 +30,7 @@ def check(job_config: JobConfig, world_size: int) -> None:
         ConfigError: a setting or a folder that cannot be used; the message names the fix.
         UnsupportedError: something this machine cannot do.
     """
-    _check_types(job_config)
-    _check_model(job_config.model)
-    _check_parallelism(job_config, world_size)
-    dims = parallel_dims(job_config, world_size)
-    _check_sizes(job_config, dims.dp_replicate * dims.dp_shard)
+    dims = check_shape(job_config, world_size)
     check_cuda_graphs(job_config, dims)
     if set(OURS) & set(job_config.model.converters):
         check_early_steps(job_config, dims)
@@ -48,6 +45,16 @@ def check(job_config: JobConfig, world_size: int) -> None:
         _check_dataset("validation", job_config.validation)
     _check_checkpoint(job_config.checkpoint)
     _check_folder(job_config.job.dump_folder)
+
+
+def check_shape(job_config: JobConfig, world_size: int) -> ParallelDims:
+    """Check model, sizes and degrees alone; arguments and errors as of `check`."""
+    _check_types(job_config)
+    _check_model(job_config.model)
+    _check_parallelism(job_config, world_size)
+    dims = parallel_dims(job_config, world_size)
+    _check_sizes(job_config, dims.dp_replicate * dims.dp_shard)
+    return dims
 
 
 _TYPES = {
@@ -151,9 +158,7 @@ def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
 
 def _check_sizes(job_config: JobConfig, data_parallel: int) -> None:
     training, p = job_config.training, job_config.parallelism
-    for name in ("seq_len", "local_batch_size", "steps"):
-        if getattr(training, name) < 1:
-            raise ConfigError(f"training.{name} = {getattr(training, name)} must be positive")
+    _check_positive(job_config)
     divisor = 2 * p.tensor_parallel_degree * p.context_parallel_degree
     if training.seq_len % divisor:
         raise ConfigError(
@@ -172,6 +177,24 @@ def _check_sizes(job_config: JobConfig, data_parallel: int) -> None:
             f"validation.seq_len = {validation.seq_len} is longer than training.seq_len = "
             f"{training.seq_len}, which the model's positions are made for: set it to that at most"
         )
+
+
+def _check_positive(job_config: JobConfig) -> None:
+    wanted = {
+        "training": ["seq_len", "local_batch_size", "steps", "max_norm"],
+        "metrics": ["log_freq"],
+        "checkpoint": ["interval"] if job_config.checkpoint.enable else [],
+        "validation": ["freq", "local_batch_size"] if job_config.validation.enable else [],
+    }
+    for section, names in wanted.items():
+        for name in names:
+            value = getattr(getattr(job_config, section), name)
+            if not value > 0:
+                raise ConfigError(f"{section}.{name} = {value} must be positive")
+    for section, name in (("optimizer", "lr"), ("lr_scheduler", "warmup_steps")):
+        value = getattr(getattr(job_config, section), name)
+        if not value >= 0:
+            raise ConfigError(f"{section}.{name} = {value} must be 0 or more")
 
 
 def _check_tokenizer(model) -> None:

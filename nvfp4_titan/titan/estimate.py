@@ -47,6 +47,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..training.experts import WrappingExperts
 from ..training.weights import converted_weights
 from . import activation_checkpoint, cpu_runtime
+from .checks import check_shape
 from .sharding import model_args, parallel_dims, sharded_model
 from .tracking import Tracker
 from .trainer import parse
@@ -83,7 +84,8 @@ class Estimate:
     fp4_all_gather: int | None = None
 
 
-VARIANTS = {"bf16": "--model.converters=", "nvfp4": "--model.converters=nvfp4"}
+CONTROL = "bf16"
+VARIANTS = ("--model.converters=", "--model.converters=nvfp4")
 
 
 def compare(config: Path, world_size: int, options: Sequence[str]) -> dict[str, Estimate]:
@@ -99,9 +101,13 @@ def compare(config: Path, world_size: int, options: Sequence[str]) -> dict[str, 
     """
     if world_size < 1:
         raise ConfigError(f"--ranks {world_size}: give 1 or more")
+    if any(o.partition("=")[0].replace("-", "_") == "__model.converters" for o in options):
+        raise ConfigError("--model.converters is set for each row: leave it out")
+    jobs = [parse([f"--job.config_file={config}", *options, variant]) for variant in VARIANTS]
     return {
-        name: estimate(parse([f"--job.config_file={config}", *options, variant]), world_size)
-        for name, variant in VARIANTS.items()
+        # The control has no converter, whatever recipe is set.
+        job.nvfp4.recipe if job.model.converters else CONTROL: estimate(job, world_size)
+        for job in jobs
     }
 
 
@@ -143,7 +149,7 @@ def estimate(
         device: Whose attention is traced: a GPU's fused one, or what this CPU takes.
 
     Raises:
-        ConfigError: degrees that do not fit the number of ranks.
+        ConfigError: a model, sizes or degrees that cannot be used.
         UnsupportedError: pipeline or context parallelism, or a GPU in sight.
     """
     p = job_config.parallelism
@@ -154,6 +160,7 @@ def estimate(
         )
     if not cpu_runtime.active():
         raise UnsupportedError("an estimate must see no GPU: set CUDA_VISIBLE_DEVICES=''")
+    check_shape(job_config, world_size)
     job_config = copy.deepcopy(job_config)
     job_config.compile.backend = _COMPILER
     if "nvfp4" in job_config.model.converters:

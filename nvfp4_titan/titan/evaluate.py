@@ -18,6 +18,7 @@ from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
 from tqdm import tqdm
 
+from ..command import result_file
 from ..deploy import DeployRecipe, get_deploy_recipe
 from ..deploy.codecs import nvfp4
 from ..deploy.layout import SUFFIXES, amax_of, from_layout
@@ -27,6 +28,19 @@ from . import datasets
 from .sources import OWN_KEY, Source, build_model, load_weights, titan_rows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def check_device(name: str) -> None:
+    """Check that torch can compute on a device.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        torch.empty(1, device=name).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used ({reason}): try cpu or cuda") from error
 
 
 def batches(
@@ -41,11 +55,15 @@ def batches(
         batch: Sequences of a batch.
         steps: Number of batches; 0 is the whole dataset.
     """
+    if seq_len < 1 or batch < 1 or steps < 0:
+        raise ConfigError(
+            f"seq_len {seq_len}, batch {batch}, steps {steps}: give 1 or more, and 0 or more steps"
+        )
     datasets.register()
     try:
         rows = iter(HuggingFaceTextDataset(dataset, None, tokenizer, seq_len))
-    except ValueError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"dataset {dataset!r}: {' '.join(str(error).split())}") from error
     made = 0
     while steps == 0 or made < steps:
         pairs = list(islice(rows, batch))
@@ -147,6 +165,7 @@ def evaluate(
     Raises:
         ConfigError: a folder or a dataset that cannot be used.
     """
+    check_device(device)
     model, source = load_model(path, device, dtype)
     folder = tokenizer or (
         Path(source.record["config"]["model"]["hf_assets_path"]) if source.record else source.path
@@ -209,12 +228,11 @@ def write_results(output: Path, rows: dict[str, dict], about: dict) -> None:
     """
     from matplotlib.figure import Figure  # takes a second, which finalize need not wait
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps({"models": rows, **about}, indent=1) + "\n")
-    output.with_suffix(".md").write_text(format_table(rows) + "\n")
+    result_file(output, ".json").write_text(json.dumps({"models": rows, **about}, indent=1) + "\n")
+    result_file(output, ".md").write_text(format_table(rows) + "\n")
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.add_subplot()
     bars = axes.bar(list(rows), [row["perplexity"] for row in rows.values()])
     axes.bar_label(bars, fmt="%.3f")
     axes.set(ylabel="perplexity")
-    figure.savefig(output.with_suffix(".png"), dpi=120)
+    figure.savefig(result_file(output, ".png"), dpi=120)

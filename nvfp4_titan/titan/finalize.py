@@ -26,7 +26,7 @@ from ..errors import ConfigError
 from ..formats import BLOCK
 from ..recipe import DEFAULT_RULES
 from ..scalars import VALIDATION_LOSS, read_scalars
-from .evaluate import DTYPES, batches
+from .evaluate import DTYPES, batches, check_device
 from .families import FUSED
 from .sources import OWN_KEY, Source, args_dict, build_model, load_weights
 
@@ -89,6 +89,9 @@ def finalize(path: Path, output: Path, options: FinalizeOptions) -> dict:
     """
     if options.dtype not in DTYPES:
         raise ConfigError(f"dtype {options.dtype!r} is unknown: use bfloat16 or float32")
+    if options.calibration_batches < 1:
+        raise ConfigError(f"calibration_batches {options.calibration_batches}: give 1 or more")
+    check_device(options.device)
     if output.exists():
         raise ConfigError(f"{output} exists: give a folder that does not, or remove it")
     source = Source(path)

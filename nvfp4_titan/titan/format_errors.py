@@ -13,6 +13,7 @@ from statistics import mean
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from ..numerics import dequantize, quantize, rht
 from ..numerics.quantize import pad_to_blocks
 from . import record
@@ -24,6 +25,14 @@ FILE = "format_errors.json"
 
 class MeasuringTrainer(NVFP4Trainer):
     """Trains, then measures formats on the operands of the next batch."""
+
+    def __init__(self, job_config):
+        if converters := [name for name in job_config.model.converters if name]:
+            raise ConfigError(
+                f"formats are measured on plain linears, and {converters[0]} swaps them: add "
+                '--model.converters ""'
+            )
+        super().__init__(job_config)
 
     def train(self) -> None:
         """Train, run one more batch, and write the errors into the dump folder."""

@@ -287,7 +287,7 @@ def parse(argv: list[str]) -> JobConfig:
     """
     try:
         job_config = ConfigManager().parse_args(_complete(argv))
-    except (ValueError, ImportError, AttributeError) as error:
+    except (ValueError, ImportError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split())
         unknown = reason.partition("Invalid field names")[2].partition(". Please")[0]
         if missing := [name for name in OURS if f"'{name}'" in unknown]:

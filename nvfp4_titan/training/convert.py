@@ -4,6 +4,7 @@ Runs before sharding, on any device, meta included. Nothing is silent: a rule th
 or a conversion that converts nothing, is an error; everything left alone is in the report.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -109,13 +110,14 @@ def convert(
         )
     _check_rules(selection, sites)
     choices = _agreed(sites, [_choose(selection, site, blocks, experts) for site in sites])
-    notes = _notes(selection, sites, blocks)
+    notes = _notes(selection, sites, blocks, _others(model, sites))
     report = Report(tuple(site.entry(c) for site, c in zip(sites, choices, strict=True)), notes)
     if selection.recipe.quantized and not report.converted:
         reasons = ", ".join(sorted({entry.reason for entry in report.entries}))
         raise ConfigError(
             f"nothing to convert: all {len(report.entries)} linears and expert weights stay in "
             f"high precision ({reasons or 'there are none'}): loosen these, or drop the converter"
+            + "".join(f"; {note}" for note in notes)
         )
     _swap(sites, choices, backend, seed)
     return report
@@ -175,9 +177,17 @@ def _agreed(sites: list[_Site], choices: list[Choice]) -> list[Choice]:
     return agreed
 
 
-def _notes(selection: Selection, sites: list[_Site], blocks: dict[str, int]) -> tuple[str, ...]:
-    """What of the defaults found nothing in this model."""
+def _notes(
+    selection: Selection, sites: list[_Site], blocks: dict[str, int], others: list[str]
+) -> tuple[str, ...]:
+    """What of the defaults found nothing in this model, and what the report leaves out."""
     notes = []
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        notes.append(
+            f"{others[0]}{more} are matrices of no nn.Linear: they stay as they are, and in no "
+            "share of FLOPs"
+        )
     outside = [site for site in sites if not f"{site.names[0]}.".startswith(tuple(blocks))]
     if selection.bf16_last_fraction and not blocks:
         notes.append(
@@ -215,6 +225,21 @@ def _children(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
     ]
 
 
+_WRAPPERS = re.compile(r"^module\.|(_orig_mod|_checkpoint_wrapped_module)\.")
+
+
+def _others(model: nn.Module, sites: list[_Site]) -> list[str]:
+    """FQNs of matrices that are neither linears', experts' nor embeddings'."""
+    known = {id(getattr(site.module, site.attribute)) for site in sites}
+    return [
+        f"{fqn}.{name}" if fqn else name
+        for fqn, module in model.named_modules()
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.Linear)
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 2 and min(weight.shape) > 1 and id(weight) not in known
+    ]
+
+
 def _linears(model: nn.Module) -> list[_Site]:
     """Every linear of the model, in model order."""
     found = []
@@ -223,7 +248,9 @@ def _linears(model: nn.Module) -> list[_Site]:
             shape = (child.out_features, child.in_features)
             flops = 2 * shape[0] * shape[1]
             obstacle = _obstacle(child, parent)
-            found.append(_Site(child, "weight", (fqn,), LINEAR, shape, flops, obstacle))
+            # Under a wrapper (torch.compile's, DataParallel's) it goes by its own name too.
+            names = tuple(dict.fromkeys((fqn, _WRAPPERS.sub("", fqn))))
+            found.append(_Site(child, "weight", names, LINEAR, shape, flops, obstacle))
     return found
 
 

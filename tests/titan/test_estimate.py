@@ -277,7 +277,7 @@ def test_what_is_not_estimated_is_refused(tmp_path):
         estimate(job, 2)
     job.parallelism.pipeline_parallel_degree = 1
     job.parallelism.tensor_parallel_degree = 3
-    with pytest.raises(ConfigError, match="do not fit 4 ranks"):
+    with pytest.raises(ConfigError, match="the job has 4 processes"):
         estimate(job, 4)
     with pytest.raises(ConfigError, match="--ranks 0: give 1 or more"):
         compare(tmp_path / "job.toml", 0, ())

@@ -6,12 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from ranks import free_port, train_on_ranks
-from support import logged_losses
+from support import logged_losses, processes_naming
 
 from nvfp4_titan.titan.checkpoints import newest_whole_step
 
@@ -40,16 +39,6 @@ def environment(**extra):
     # torchrun of this Python, also where its environment is not the active one
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     return inherited | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
-
-
-def processes_naming(folder):
-    """Numbers of this host's processes, a rank's data worker too, whose command names a folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):  # it has ended since
-            if str(folder) in path.read_text(errors="replace"):
-                found.append(path.parent.name)
-    return found
 
 
 @pytest.mark.slow

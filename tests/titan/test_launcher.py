@@ -84,6 +84,19 @@ CHECKED = {
         "is not there",
     ),
     "frequency": (["--nvfp4.numerics_log_freq=-1"], "must be a number of steps"),
+    **{
+        f"{name} = {value}": ([f"--{name}={value}", "--checkpoint.enable"], f"{name} = .* must be")
+        for name, value in (
+            ("checkpoint.interval", 0),
+            ("validation.freq", 0),
+            ("metrics.log_freq", 0),
+            ("validation.local_batch_size", 0),
+            ("optimizer.lr", -1),
+            ("training.max_norm", -1),
+            ("lr_scheduler.warmup_steps", -1),
+        )
+    },
+    "no step of validation": (["--validation.steps=0"], "validation steps must be positive"),
     "seq_len that is zero": (["--training.seq_len=0"], "must be positive"),
     "odd seq_len": (["--training.seq_len=37"], "multiple of 2"),
     "validation longer than training": (["--training.seq_len=64"], "validation.seq_len"),

@@ -9,7 +9,7 @@ import torch
 from support import relative_error
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nvfp4_titan.errors import UnsupportedError
+from nvfp4_titan.errors import ConfigError, UnsupportedError
 from nvfp4_titan.titan.evaluate import load_model
 from nvfp4_titan.titan.finalize import FinalizeOptions, finalize
 
@@ -111,3 +111,28 @@ def test_evaluates_in_a_process_that_registered_nothing(saved):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 7 < float(done.stdout.split()[-1]) < 8.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seq_len": 0}, "seq_len 0, batch 4"),
+        ({"batch": 0}, "batch 0"),
+        ({"steps": -1}, "steps -1"),
+        ({"device": "foo"}, "device 'foo' cannot be used"),
+        ({"dataset": "nope"}, "dataset 'nope'"),
+    ],
+)
+def test_what_cannot_be_evaluated(saved, options, message):
+    from nvfp4_titan.titan.corpus import tokenizer_path
+    from nvfp4_titan.titan.evaluate import evaluate
+
+    _, folder = saved(vocab_size=2048)
+    with pytest.raises(ConfigError, match=message):
+        evaluate(folder, **{"tokenizer": tokenizer_path(), "seq_len": 32, "steps": 1} | options)
+
+
+def test_calibration_needs_a_batch(saved, tmp_path):
+    _, folder = saved()
+    with pytest.raises(ConfigError, match="calibration_batches 0"):
+        finalize(folder, tmp_path / "out", FinalizeOptions("nvfp4", calibration_batches=0))

@@ -369,3 +369,31 @@ def test_the_flops_of_experts_are_those_of_the_chosen(top_k):
     assert experts.flops_per_token == 2 * 64 * 64 * top_k
     assert not entries["model.layers.0.mlp.shared_expert_gate"].converted
     assert entries["model.layers.0.mlp.shared_expert.gate_proj"].converted
+
+
+def test_matrices_that_are_no_linears_are_named():
+    model = nn.TransformerDecoderLayer(64, 4, 128)
+    report = convert(model, backend="reference", bf16_last_fraction=0)
+    assert "self_attn.in_proj_weight and 1 more are matrices of no nn.Linear" in str(report)
+
+
+def test_a_gpt2_says_why_nothing_is_converted():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_positions=8, n_embd=32, n_layer=1, n_head=2)
+    )
+    with pytest.raises(
+        ConfigError, match="nothing to convert.*c_attn.weight and 3 more are matrices"
+    ):
+        convert(model, backend="reference")
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_the_lm_head_of_a_wrapped_model_stays(wrap):
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Sequential(nn.Linear(64, 64))])
+    model.output = nn.Linear(64, 32)
+    report = convert(wrap(model), backend="reference", bf16_last_fraction=0)
+    (head,) = (entry for entry in report.entries if entry.fqn.endswith("output"))
+    assert not head.converted and head.reason == "lm head or router"
