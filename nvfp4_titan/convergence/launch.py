@@ -110,7 +110,9 @@ class Job:
         names = {"config_sha256": "contents of the TOML", "ngpu": "NGPU"}
         found = [what for key, what in names.items() if asked.get(key) != request[key]]
         given, own = settings(asked.get("options", ())), settings(self.options)
-        options = [name for name in {**given, **own} if given.get(name) != own.get(name)]
+        # How often a run was saved is nothing of what came of it.
+        names = {**given, **own}.keys() - {"checkpoint.interval"}
+        options = sorted(name for name in names if given.get(name) != own.get(name))
         return found + [f"--{name}" for name in options]
 
     def run(

@@ -219,11 +219,9 @@ def build_model(source: Source, dtype: torch.dtype, device: str) -> nn.Module:
     model.to_empty(device=device)
     with torch.no_grad():
         model.init_weights(buffer_device=torch.device(device))
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.to(dtype)
-    for name, buffer in buffers.items():  # the rotary table is complex, biases of experts are fp32
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._buffers[leaf] = buffer
+    # Buffers stay: the rotary table is complex, biases of experts are fp32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     return model
 
 

@@ -94,6 +94,24 @@ def test_another_sharding_continues(train, single_rank):
     assert end[5] == pytest.approx(whole[5], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_another_number_of_data_ranks_says_what_to_leave_out(train, single_rank):
+    """From one to two, and from two to one."""
+    argv = (*ARGV, NVFP4, "--training.steps=8", "--lr_scheduler.total_steps=8")
+    without = "--checkpoint.exclude_from_loading=dataloader"
+    train(*argv, "--training.steps=2")
+    options = [*SMALL_RUN, *argv, f"--job.dump_folder={single_rank / 'out'}", "--training.steps=4"]
+    with pytest.raises(Exception, match=rf"ranks \(Missing key .*dataloader.*: add {without}"):
+        train_on_ranks(2, options)
+    train_on_ranks(2, [*options, without])
+    assert list(logged_losses(single_rank / "out")) == [1, 2, 3, 4]
+    with pytest.raises(ConfigError, match=f"another number of data-parallel ranks.*add {without}"):
+        train(*argv)
+    torch.distributed.destroy_process_group()
+    train(*argv, without)
+    assert list(logged_losses(single_rank / "out")) == list(range(1, 9))
+
+
 def truncate(folder):
     for file in folder.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:-1])
