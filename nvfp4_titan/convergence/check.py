@@ -21,6 +21,12 @@ from .slots import Slots, attempt, check_time_limit, run_jobs
 from .variants import Variant
 from .verdict import Thresholds, Verdict, judge, noise
 
+_OWN = {
+    *("debug.seed", "nvfp4.seed", "nvfp4.recipe", "model.converters", "job.dump_folder"),
+    *("checkpoint.enable", "checkpoint.interval", "checkpoint.folder", "checkpoint.keep_latest_k"),
+}
+"""torchtitan's options that a plan gives each run."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,11 +52,11 @@ class Plan:
 
     def __post_init__(self):
         config = read_toml(self.config)
-        own = {"debug.seed": "seeds", "nvfp4.seed": "seeds", "nvfp4.recipe": "variants"}
-        own |= {"model.converters": "variants", "checkpoint.interval": "checkpoint-interval"}
-        own |= {"job.dump_folder": "runs"}
-        if taken := [name for name in own if name in settings(self.options)]:
-            raise ConfigError(f"--{taken[0]} is set for each run: use --{own[taken[0]]}")
+        if taken := [name for name in settings(self.options) if name in _OWN]:
+            raise ConfigError(
+                f"--{taken[0]} after -- is set for each run by this command's own options: leave "
+                "it out"
+            )
         if self.checkpoint_interval < 1:
             raise ConfigError(f"--checkpoint-interval {self.checkpoint_interval}: give 1 or more")
         if not self.variants or self.variants[0].recipe != CONTROL:

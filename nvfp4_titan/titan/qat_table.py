@@ -26,8 +26,6 @@ from .finalize import FinalizeOptions, finalize
 _OWN = {
     "model.converters": "--recipes",
     "qat.recipe": "--recipes",
-    "optimizer.lr": "--tune-lr, and the TOML's for the base",
-    "lr_scheduler.warmup_steps": "the TOML's for the base",
     "training.steps": "--base-steps and --tune-steps",
     "checkpoint.initial_load_path": "--runs",
 }
@@ -42,7 +40,7 @@ class Comparison:
         config: TOML of the job, with validation.
         folder: Where runs and checkpoints go; what is there is reused.
         options: TableOptions.
-        extra: torchtitan's options of every run.
+        extra: torchtitan's options of every run; the tuning's own learning rate and warm-up win.
         deadline: `time.monotonic()` after which nothing new is begun; a run is saved and stopped.
 
     Raises:

@@ -300,7 +300,7 @@ def test_a_comparison_needs_its_toml(tmp_path):
     for options, extra, message in (
         (TableOptions(recipes=("nvpf4",)), (), "deploy recipe 'nvpf4' is unknown"),
         (TableOptions(recipes=()), (), "--recipes is empty"),
-        (TableOptions(), ("--optimizer.lr=1",), "use --tune-lr"),
+        (TableOptions(), ("--training.steps=1",), "use --base-steps"),
         (TableOptions(), ("--model.converters", "nvfp4"), "use --recipes"),
         (TableOptions(), ("--validation.no_enable",), "set validation.enable"),
     ):
