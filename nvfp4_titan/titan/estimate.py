@@ -41,6 +41,7 @@ from torchtitan.models.moe import moe as moe_module
 from torchtitan.models.moe import utils as moe_utils
 from torchtitan.protocols.train_spec import BaseModelArgs, get_train_spec
 
+from ..convergence.launch import settings
 from ..distributed import fsdp_records
 from ..distributed.fp4_gather import obstacle
 from ..errors import ConfigError, UnsupportedError
@@ -101,7 +102,7 @@ def compare(config: Path, world_size: int, options: Sequence[str]) -> dict[str, 
     """
     if world_size < 1:
         raise ConfigError(f"--ranks {world_size}: give 1 or more")
-    if any(o.partition("=")[0].replace("-", "_") == "__model.converters" for o in options):
+    if "model.converters" in settings(options):
         raise ConfigError("--model.converters is set for each row: leave it out")
     jobs = [parse([f"--job.config_file={config}", *options, variant]) for variant in VARIANTS]
     return {

@@ -290,3 +290,13 @@ def test_a_model_that_takes_more_than_tokens_is_named(tmp_path):
     job.model.name, job.model.flavor = "gpt_oss", "debugmodel"
     with pytest.raises(UnsupportedError, match="gpt_oss cannot be estimated: .*attention_masks"):
         estimate(job, WORLD, device="cpu")
+
+
+def test_the_rows_are_the_estimates_own():
+    from nvfp4_titan.titan.estimate import compare
+
+    with pytest.raises(ConfigError, match="set for each row"):
+        compare(CONFIGS / "llama3_debug.toml", 2, ["--model.converters", "qat"])
+    for option, message in (("model.flavor=9B", "flavor"), ("training.seq_len=0", "positive")):
+        with pytest.raises(ConfigError, match=message):
+            compare(CONFIGS / "llama3_debug.toml", 2, [f"--{option}"])
