@@ -122,6 +122,20 @@ SMALL_RUN = (
 """torchtitan's options of a run that takes seconds and logs every step."""
 
 
+FOUR_STEPS = (
+    "--model.name=llama3",
+    "--model.flavor=debugmodel",
+    "--training.dataset=stdlib",
+    "--lr_scheduler.warmup_steps=2",
+    "--lr_scheduler.total_steps=4",
+    "--training.steps=4",
+    "--checkpoint.enable",
+    "--checkpoint.interval=2",
+    "--checkpoint.no-last-save-model-only",
+)
+"""Beside SMALL_RUN: four steps of the Llama3 debug model, saved every second."""
+
+
 def processes_naming(folder: Path) -> list[int]:
     """Numbers of this host's processes, a rank's data worker too, whose command names a folder."""
     found = []

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, OutOfTime
 from ..toml import toml_sha256
-from .runs import RECORD, Run, check_settings, read_run
+from .runs import Run, check_settings, read_record, read_run
 
 REQUEST, LOG = "request.json", "log.txt"
 _UNFINISHED = f"{REQUEST}.unfinished"
@@ -107,8 +107,8 @@ class Job:
     def differing(self, asked: dict) -> list[str]:
         """What a request.json asks for that this job does not; options may come in any order."""
         request = self.request()
-        names = {"config_sha256": "contents of the TOML", "ngpu": "NGPU"}
-        found = [what for key, what in names.items() if asked.get(key) != request[key]]
+        parts = {"config_sha256": "contents of the TOML", "ngpu": "NGPU"}
+        found = [what for key, what in parts.items() if asked.get(key) != request[key]]
         given, own = settings(asked.get("options", ())), settings(self.options)
         # How often a run was saved is nothing of what came of it.
         names = {**given, **own}.keys() - {"checkpoint.interval"}
@@ -198,7 +198,7 @@ class Job:
         """What the record of a run that has begun lacks to be compared with the one it is like."""
         folders = self.like, self.folder
         try:
-            check_settings(*(json.loads((f / RECORD).read_text()) for f in folders), *folders)
+            check_settings(*map(read_record, folders), *folders)
         except ConfigError as error:
             return error
         return None

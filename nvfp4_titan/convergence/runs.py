@@ -120,7 +120,7 @@ def read_run(folder: Path | str) -> Run:
 
     run = Run(
         folder,
-        _json(folder / RECORD),
+        read_record(folder),
         _json(folder / "conversion.json", optional=True),
         _json(folder / "tokens_per_expert.json", optional=True),
         *(
@@ -135,6 +135,18 @@ def read_run(folder: Path | str) -> Run:
         if bad:
             raise ConfigError(f"{folder}: {name} loss is not finite at step {bad[0]}")
     return run
+
+
+def read_record(folder: Path) -> dict:
+    """A run's record, from its start on.
+
+    Raises:
+        ConfigError: it is not there, or damaged.
+    """
+    record = _json(folder / RECORD)
+    if "config" not in record:
+        raise _damaged(folder / RECORD)
+    return record
 
 
 def check_comparable(control: Run, run: Run) -> None:
@@ -172,8 +184,9 @@ def check_settings(control: dict, record: dict, *folders: Path) -> None:
     Raises:
         ConfigError: other texts, tokenizers, models, settings of data, optimizer or validation.
     """
+    sides = [_without_places(r) for r in (control, record)]
     for path in _SAME:
-        _check_same(path, *(_at(_without_places(r), path) for r in (control, record)), *folders)
+        _check_same(path, *(_at(side, path) for side in sides), *folders)
 
 
 def _check_same(path: tuple[str, ...], value, other, *folders: Path) -> None:
@@ -235,12 +248,16 @@ def _json(path: Path, optional: bool = False) -> dict | None:
             content = json.loads(path.read_text())
         except ValueError:
             content = None
-        if not isinstance(content, dict) or (path.name == RECORD and "config" not in content):
-            raise ConfigError(f"{path} is damaged: make its run again")
+        if not isinstance(content, dict):
+            raise _damaged(path)
         return content
     if optional:
         return None
     raise ConfigError(f"{path} is not there: start the run with python -m nvfp4_titan.train")
+
+
+def _damaged(path: Path) -> ConfigError:
+    return ConfigError(f"{path} is damaged: make its run again")
 
 
 def _at(record: dict, path: tuple[str, ...]):

@@ -42,6 +42,7 @@ from torchtitan.models.moe import utils as moe_utils
 from torchtitan.protocols.train_spec import BaseModelArgs, get_train_spec
 
 from ..convergence.launch import settings
+from ..convergence.recipes import CONTROL
 from ..distributed import fsdp_records
 from ..distributed.fp4_gather import obstacle
 from ..errors import ConfigError, UnsupportedError
@@ -85,7 +86,6 @@ class Estimate:
     fp4_all_gather: int | None = None
 
 
-CONTROL = "bf16"
 VARIANTS = ("--model.converters=", "--model.converters=nvfp4")
 
 

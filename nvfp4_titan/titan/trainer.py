@@ -52,14 +52,8 @@ class NVFP4Trainer(Trainer):
     def __init__(self, job_config: JobConfig):
         _normalize(job_config)
         check(job_config, _world_size(job_config, int(os.environ["WORLD_SIZE"])))
-        saved = -1
-        if job_config.checkpoint.enable:
-            saved, _ = newest_whole_step(_checkpoints(job_config))
-        if saved > 0:
-            record.check_text(job_config)
-        # The record of a run that has ended stays: nothing of what it says happens again.
-        begins = saved < job_config.training.steps
-        if begins and os.environ["RANK"] == "0":
+        keeps_record = os.environ["RANK"] == "0" and _has_steps_left(job_config)
+        if keeps_record:
             record.clear(job_config)
         activation_checkpoint.install()
         converted = "nvfp4" in job_config.model.converters
@@ -72,7 +66,7 @@ class NVFP4Trainer(Trainer):
         schedule = getattr(self, "pp_schedule", None)
         self.numerics = NumericsLog(self.model_parts, frequency, folder, schedule)
         cpu_runtime.prepare_trainer(self.model_parts)
-        if begins and distributed.get_rank() == 0:
+        if keeps_record:
             record.write(job_config, self.model_parts)
         self.stop = StopRequest()
         self.saves = job_config.checkpoint.enable and not job_config.checkpoint.load_only
@@ -214,6 +208,20 @@ class NVFP4Trainer(Trainer):
 
 def _checkpoints(job_config: JobConfig) -> Path:
     return Path(job_config.job.dump_folder, job_config.checkpoint.folder)
+
+
+def _has_steps_left(job_config: JobConfig) -> bool:
+    """Whether a run goes on from its newest checkpoint: if not, its record stays as it is.
+
+    Raises:
+        ConfigError: it would go on with another text.
+    """
+    if not job_config.checkpoint.enable:
+        return True
+    saved, _ = newest_whole_step(_checkpoints(job_config))
+    if saved > 0:
+        record.check_text(job_config)
+    return saved < job_config.training.steps
 
 
 def _finite(model_parts: list[torch.nn.Module]) -> bool:

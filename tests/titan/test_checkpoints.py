@@ -6,22 +6,11 @@ import pytest
 import torch
 from ranks import train_on_ranks
 from safetensors.torch import load_file
-from support import SMALL_RUN, logged_losses
+from support import FOUR_STEPS, SMALL_RUN, logged_losses
 
 from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.titan.checkpoints import newest_whole_step
 
-ARGV = (
-    "--model.name=llama3",
-    "--model.flavor=debugmodel",
-    "--training.dataset=stdlib",
-    "--lr_scheduler.warmup_steps=2",
-    "--lr_scheduler.total_steps=4",
-    "--training.steps=4",
-    "--checkpoint.enable",
-    "--checkpoint.interval=2",
-    "--checkpoint.no-last-save-model-only",
-)
 NVFP4 = "--model.converters=nvfp4"
 
 
@@ -34,7 +23,7 @@ def only_first(folder, target):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_resume_is_exact(train, single_rank, mode):
-    argv = (*ARGV, NVFP4, f"--checkpoint.async_mode={mode}")
+    argv = (*FOUR_STEPS, NVFP4, f"--checkpoint.async_mode={mode}")
     whole = train(*argv, folder="whole")
     only_first(single_rank / "whole", single_rank / "resumed")
     resumed = train(*argv, folder="resumed")
@@ -43,10 +32,13 @@ def test_resume_is_exact(train, single_rank, mode):
 
 @pytest.mark.slow
 def test_high_precision_continues_in_nvfp4_and_back(train, single_rank):
-    whole = {"": train(*ARGV, folder="bf16"), NVFP4: train(*ARGV, NVFP4, folder="nvfp4")}
+    whole = {
+        "": train(*FOUR_STEPS, folder="bf16"),
+        NVFP4: train(*FOUR_STEPS, NVFP4, folder="nvfp4"),
+    }
     for source, converter in (("bf16", NVFP4), ("nvfp4", "--model.converters=")):
         only_first(single_rank / source, single_rank / f"from_{source}")
-        resumed = train(*ARGV, converter, folder=f"from_{source}")
+        resumed = train(*FOUR_STEPS, converter, folder=f"from_{source}")
         assert list(resumed) == [3, 4]
         # The same weights, another arithmetic.
         other = whole["" if source == "bf16" else NVFP4]
@@ -56,7 +48,7 @@ def test_high_precision_continues_in_nvfp4_and_back(train, single_rank):
 @pytest.mark.slow
 def test_hugging_face_export_and_import(train, single_rank):
     train(
-        *ARGV, NVFP4, "--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only",
+        *FOUR_STEPS, NVFP4, "--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only",
         folder="out",
     )  # fmt: skip
     exported = single_rank / "out" / "checkpoint" / "step-4"
@@ -67,17 +59,22 @@ def test_hugging_face_export_and_import(train, single_rank):
     assert all(type(w) is torch.Tensor and w.dtype == torch.float32 for w in weights.values())
     load = f"--checkpoint.initial_load_path={exported}"
     imported = train(
-        *ARGV, NVFP4, load, "--checkpoint.initial_load_in_hf", "--training.steps=1", folder="in"
+        *FOUR_STEPS,
+        NVFP4,
+        load,
+        "--checkpoint.initial_load_in_hf",
+        "--training.steps=1",
+        folder="in",
     )
     # The weights of step 4 on the text of step 1.
-    first = train(*ARGV, NVFP4, "--training.steps=1", "--checkpoint.no-enable", folder="new")
+    first = train(*FOUR_STEPS, NVFP4, "--training.steps=1", "--checkpoint.no-enable", folder="new")
     assert imported[1] < first[1]
 
 
 @pytest.mark.slow
 def test_another_sharding_continues(train, single_rank):
     """One process, then two tensor parallel ranks, then one again."""
-    argv = (*ARGV, NVFP4, "--training.steps=6", "--lr_scheduler.total_steps=6")
+    argv = (*FOUR_STEPS, NVFP4, "--training.steps=6", "--lr_scheduler.total_steps=6")
     whole = train(*argv, folder="whole")
     only_first(single_rank / "whole", single_rank / "sharded")
     sharded = single_rank / "sharded"
@@ -97,7 +94,7 @@ def test_another_sharding_continues(train, single_rank):
 @pytest.mark.slow
 def test_another_number_of_data_ranks_says_what_to_leave_out(train, single_rank):
     """From one to two, and from two to one."""
-    argv = (*ARGV, NVFP4, "--training.steps=8", "--lr_scheduler.total_steps=8")
+    argv = (*FOUR_STEPS, NVFP4, "--training.steps=8", "--lr_scheduler.total_steps=8")
     without = "--checkpoint.exclude_from_loading=dataloader"
     train(*argv, "--training.steps=2")
     options = [*SMALL_RUN, *argv, f"--job.dump_folder={single_rank / 'out'}", "--training.steps=4"]
@@ -118,7 +115,7 @@ def truncate(folder):
 
 
 def test_which_checkpoints_are_whole(train, single_rank):
-    train(*ARGV, NVFP4, "--checkpoint.interval=1", "--training.steps=3", folder="out")
+    train(*FOUR_STEPS, NVFP4, "--checkpoint.interval=1", "--training.steps=3", folder="out")
     folder = single_rank / "out" / "checkpoint"
     assert newest_whole_step(folder) == (3, [])
     truncate(folder / "step-3")
@@ -137,20 +134,20 @@ def test_which_checkpoints_are_whole(train, single_rank):
 
 @pytest.mark.slow
 def test_a_run_skips_what_is_not_whole(train, single_rank):
-    whole = train(*ARGV, NVFP4, folder="out")
+    whole = train(*FOUR_STEPS, NVFP4, folder="out")
     checkpoints = single_rank / "out" / "checkpoint"
     truncate(checkpoints / "step-4")
     shutil.rmtree(single_rank / "out" / "tb")
-    assert train(*ARGV, NVFP4, folder="out") == {step: whole[step] for step in (3, 4)}
+    assert train(*FOUR_STEPS, NVFP4, folder="out") == {step: whole[step] for step in (3, 4)}
     for step in (2, 4):
         truncate(checkpoints / f"step-{step}")
     shutil.rmtree(single_rank / "out" / "tb")
-    assert train(*ARGV, NVFP4, folder="out") == whole
+    assert train(*FOUR_STEPS, NVFP4, folder="out") == whole
     assert (single_rank / "out" / "checkpoint.incomplete-1" / "step-2").is_dir()
 
 
 def test_a_checkpoint_asked_for_by_name_must_be_whole(train, single_rank):
-    train(*ARGV, NVFP4, "--training.steps=2")
+    train(*FOUR_STEPS, NVFP4, "--training.steps=2")
     truncate(single_rank / "out" / "checkpoint" / "step-2")
     with pytest.raises(ConfigError, match="names a whole one"):
-        train(*ARGV, NVFP4, "--checkpoint.load_step=2")
+        train(*FOUR_STEPS, NVFP4, "--checkpoint.load_step=2")

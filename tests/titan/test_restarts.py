@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from support import logged_losses, logged_scalars
+from support import FOUR_STEPS, logged_losses, logged_scalars
 from torch.distributed.checkpoint import FileSystemWriter
 
 from nvfp4_titan.errors import ConfigError, DivergedError
@@ -16,17 +16,7 @@ from nvfp4_titan.titan import corpus
 from nvfp4_titan.titan.checkpoints import newest_whole_step
 from nvfp4_titan.titan.trainer import NVFP4Trainer
 
-STEPS = (
-    "--model.name=llama3",
-    "--model.flavor=debugmodel",
-    "--training.dataset=stdlib",
-    "--lr_scheduler.warmup_steps=2",
-    "--lr_scheduler.total_steps=4",
-    "--training.steps=4",
-    "--checkpoint.enable",
-    "--checkpoint.interval=1000",
-    "--checkpoint.no-last-save-model-only",
-)
+STEPS = (*FOUR_STEPS, "--checkpoint.interval=1000")
 VALIDATION = (
     "--validation.enable",
     "--validation.dataset=stdlib_validation",
