@@ -84,7 +84,7 @@ def run_jobs(
     Yields:
         Name and result: status ("ok", "failed", "timed out" or "not started"), seconds, command;
         where it got so far, losses by step, tokens_per_s of a GPU, peak_gib (reserved by the
-        allocator), active_gib (of it in use), device and versions;
+        allocator), active_gib (of it in use), device, versions and commit;
         the end of its log where it did not end as it should.
 
     Raises:
@@ -155,7 +155,7 @@ def _measured(folder: Path) -> dict:
     record = folder / "run_record.json"
     if record.is_file():
         content = json.loads(record.read_text())
-        found |= {name: content[name] for name in ("device", "python", "versions")}
+        found |= {name: content[name] for name in ("device", "python", "versions", "commit")}
     begun = any(folder.glob("tb/*/events.out.tfevents.*"))
     recorded = read_scalars(folder) if begun else {}
     if recorded.keys() >= {TRAIN_LOSS, TOKENS_PER_SECOND, RESERVED_GIB, ACTIVE_GIB}:

@@ -22,7 +22,6 @@ from functools import cache
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
 
 from ..backends import Backend
 from ..distributed import GemmShards, expert_shards
@@ -154,15 +153,14 @@ class ExpertWeight(torch.Tensor):
                 "torch.matmul or torch.nn.functional.linear, or keep these experts in high "
                 "precision with a rule or nvfp4.experts = false"
             )
-        weight = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, cls))
-        plain = pytree.tree_map_only(cls, lambda leaf: leaf.data_, (args, kwargs or {}))
+        weight, *others = args  # these operations have one tensor, and have it first
         amax, options = weight.amax, weight.options
         kept = tuple(getattr(weight, name) for name in _KEPT)
         if func in _OF_EXPERTS:
             options, kept = replace(options, kept_dtype=None), ()
             if amax is not None and weight.dim() == 3 and args[1] == 0:
                 amax = func(amax, *args[1:])
-        return cls(func(*plain[0], **plain[1]), weight.key, options, amax, kept)
+        return cls(func(weight.data_, *others, **(kwargs or {})), weight.key, options, amax, kept)
 
 
 class _Unwrap(torch.autograd.Function):
@@ -272,14 +270,16 @@ class WrappingExperts:
     kept_weights = None
     being_observed = False
     """Both as NVFP4Linear's; operands by weight name."""
+    _wrapped = None
+    """While the forward runs: what it has read, by name and grad mode."""
 
     def forward(self, *args, **kwargs):
         """Run the module's own forward, reading converted weights wrapped; never compiled whole."""
-        self._wrapping = True
+        self._wrapped = {}
         try:
             return super().forward(*args, **kwargs)
         finally:
-            self._wrapping = False
+            self._wrapped = None
 
     def _apply(self, *args, **kwargs):
         super()._apply(*args, **kwargs)
@@ -329,8 +329,17 @@ class WrappingExperts:
         if name not in self.__dict__["_converted"]:
             return value
         # A checkpoint inside the forward recomputes during backward, outside of it.
-        if not self._wrapping and torch._C._current_graph_task_id() == -1:
-            return value
+        if self._wrapped is None:
+            recomputing = torch._C._current_graph_task_id() != -1
+            return self._wrap(name, value) if recomputing else value
+        # torchtitan's forward reads each weight twice; one read without grad has no grad to give.
+        reading = name, torch.is_grad_enabled()
+        if reading not in self._wrapped:
+            self._wrapped[reading] = self._wrap(name, value)
+        return self._wrapped[reading]
+
+    def _wrap(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A weight as an ExpertWeight, or as a DTensor of one."""
         key, options = self.__dict__["_converted"][name]
         amax = self.__dict__["weight_amaxes"].get(name)
         kept = (self.__dict__.get("kept_weights") or {}).get(name)
@@ -396,7 +405,6 @@ def convert_experts(
         seed: Seed of stochastic rounding.
     """
     module.__class__ = _wrapping_class(type(module))
-    module._wrapping = False
     module.weight_amaxes = {}
     module._converted = {
         name: (key_tensor(seed, f"{fqn}.{name}"), ExpertOptions(recipe, backends[recipe]))

@@ -66,14 +66,14 @@ def test_what_a_job_left_is_read_even_if_it_failed(tmp_path):
     folder = tmp_path / "half"
     written_losses(folder, {1: 3.0, 2: 2.0, 3: 1.5})
     (folder / "run_record.json").write_text(
-        json.dumps({"device": "d", "python": "3", "versions": {}})
+        json.dumps({"device": "d", "python": "3", "versions": {}, "commit": "c"})
     )
     code = (
         "import shutil, sys; "
         f"shutil.copytree({str(folder)!r}, sys.argv[1], dirs_exist_ok=True); sys.exit(1)"
     )
     (_, result) = next(run_jobs([script("half", code)], tmp_path / "runs", 20, 20))
-    assert result["status"] == "failed" and result["device"] == "d"
+    assert result["status"] == "failed" and (result["device"], result["commit"]) == ("d", "c")
     assert result["losses"] == {1: 3.0, 2: 2.0, 3: 1.5}
     assert result["tokens_per_s"] == 250 and result["peak_gib"] == 3
     assert result["active_gib"] == 1.5

@@ -114,6 +114,30 @@ def test_for_loop_gives_the_same_numerics():
     assert torch.equal(y, torch.cat(parts)) and dw1.isfinite().all()
 
 
+class ReadTwice(Experts):
+    def forward(self, x, counts):
+        with torch.no_grad():
+            self.first = self.w1
+        self.second, self.third = self.w1, self.w1
+        return super().forward(x, counts)
+
+
+def test_a_forward_wraps_a_weight_once_and_a_read_without_grad_takes_no_grad_away():
+    model = Model()
+    model.moe.experts = ReadTwice()
+    convert(model, backend="reference")
+    experts, x = model.moe.experts, torch.randn(32, 32)
+    _, dw1, _ = step(experts, x)
+    assert dw1.count_nonzero() and not experts.first.requires_grad
+    assert isinstance(experts.second, ExpertWeight) and experts.second is experts.third
+    before = experts.second
+    with torch.no_grad():
+        experts.w1 *= 2
+    step(experts, x)
+    assert experts.second is not before and not torch.equal(experts.w1.grad, dw1)
+    assert type(experts.w1) is nn.Parameter
+
+
 def test_parameters_stay_plain(tmp_path):
     experts, plain, _ = converted()
     assert all(type(p) is nn.Parameter for p in experts.parameters())
@@ -183,9 +207,9 @@ def test_linear_is_matmul_of_the_turned_weight(bias):
         lambda w: torch.matmul(input=x, other=w.t()) + (0 if bias is None else bias),
     ):
         experts.zero_grad()
-        experts._wrapping = True
+        experts._wrapped = {}
         y = multiply(experts.w1[1])
-        experts._wrapping = False
+        experts._wrapped = None
         y.square().sum().backward()
         found.append((y, experts.w1.grad))
     assert all(
