@@ -44,6 +44,7 @@ def check(job_config: JobConfig, world_size: int) -> None:
     if job_config.validation.enable:
         _check_dataset("validation", job_config.validation)
     _check_checkpoint(job_config.checkpoint)
+    _check_profiling(job_config.profiling)
     _check_folder(job_config.job.dump_folder)
 
 
@@ -251,6 +252,22 @@ def _check_checkpoint(checkpoint) -> None:
     # Paths of other file systems (s3://..) are left to torchtitan.
     if "://" not in path and not os.path.isdir(path):
         raise ConfigError(f"checkpoint.initial_load_path {path} is not there")
+
+
+def _check_profiling(profiling) -> None:
+    cycle = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and profiling.profile_freq < cycle:
+        raise ConfigError(
+            f"profiling.profile_freq = {profiling.profile_freq} must be at least {cycle}, "
+            f"profiler_warmup = {profiling.profiler_warmup} and profiler_active = "
+            f"{profiling.profiler_active} steps"
+        )
+    for name in ("enable_profiling", "enable_memory_snapshot"):
+        if getattr(profiling, name) and cpu_runtime.active():
+            raise UnsupportedError(
+                f"profiling.{name} needs a GPU, whose kernels and memory torchtitan records: leave "
+                "it out"
+            )
 
 
 def _check_folder(folder: str) -> None:

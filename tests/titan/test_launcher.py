@@ -108,6 +108,10 @@ CHECKED = {
     "more ranks than processes": (["--parallelism.data_parallel_shard_degree=3"], "change NGPU"),
     "tensor parallel on one": (["--parallelism.tensor_parallel_degree=2"], "change NGPU"),
     "no room for EP": (["--parallelism.expert_parallel_degree=2"], "does not divide"),
+    "a profile of more steps than its cycle": (
+        ["--profiling.enable_profiling", "--profiling.profile_freq=3"],
+        "must be at least 4",
+    ),
     "dump folder under a file": ([f"--job.dump_folder={__file__}/x"], "cannot be made"),
 }
 """Through the same check, in this process."""
@@ -121,6 +125,17 @@ def test_checked_before_anything_starts(case, tmp_path, monkeypatch):
     argv, fragment = CHECKED[case]
     with pytest.raises(UserError, match=fragment):
         preflight([f"--job.config_file={CONFIG}", *argv], 1)
+
+
+@pytest.mark.parametrize("option", ["enable_profiling", "enable_memory_snapshot"])
+def test_torchtitan_profiles_gpus_alone(option, tmp_path, monkeypatch):
+    from nvfp4_titan.titan import checks
+    from nvfp4_titan.titan.trainer import preflight
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checks.cpu_runtime, "active", lambda: True)
+    with pytest.raises(UserError, match=f"profiling.{option} needs a GPU"):
+        preflight([f"--job.config_file={CONFIG}", f"--profiling.{option}"], 1)
 
 
 def test_a_global_batch_must_divide_over_the_ranks(tmp_path, monkeypatch):
