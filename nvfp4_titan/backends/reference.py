@@ -103,6 +103,13 @@ def _wgrad(
     return ops.mm(*operands, x.codes.shape[0], out_dtype, False)
 
 
+def _dequantize(
+    operand: QuantizedOperand, dtype: torch.dtype, offs: torch.Tensor | None = None
+) -> torch.Tensor:
+    packed = operand.codes, operand.block_scale, operand.amax
+    return ops.dequantize(*packed, offs, operand.K, dtype, operand.format.name)
+
+
 def _unavailable(device: str | None = None) -> None:
     """Runs everywhere."""
 
@@ -116,4 +123,5 @@ REFERENCE = Backend(
     wgrad=_wgrad,
     gemm=GemmOp("nvfp4_titan::reference_mm", _weight_shape),
     formats=frozenset(FORMATS),
+    dequantize=_dequantize,
 )

@@ -13,6 +13,7 @@ import torch
 
 from ..formats import BLOCK, NVFP4, BlockFormat
 from ..numerics.quantize import (
+    QuantizedOperand,
     block_amaxes,
     block_indices,
     global_scale,
@@ -23,6 +24,7 @@ from ..numerics.quantize import (
     tensor_amax,
 )
 from ..recipe import FORMATS, OperandFormat
+from .backend import oracle_dequantize
 
 FIVE_TENSORS = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Codes and scales of the row use, of the column use, and the amaxes of both."""
@@ -107,6 +109,26 @@ def quantize(
 def _(t, rows, cols, streams, key, amax, offset):
     row_use, col_use = fake_operand(t, rows, *t.shape), fake_operand(t, cols, *t.shape[::-1])
     return (*row_use, *col_use, t.new_empty(2, dtype=torch.float32))
+
+
+@torch.library.custom_op("nvfp4_titan::reference_dequantize", mutates_args=())
+def dequantize(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    amax: torch.Tensor | None,
+    offs: torch.Tensor | None,
+    size: int,
+    dtype: torch.dtype,
+    format: str,
+) -> torch.Tensor:
+    """x_hat (..., size) of a row operand."""
+    operand = QuantizedOperand(codes, scale, amax, size, FORMATS[format])
+    return oracle_dequantize(operand, dtype, offs).contiguous()
+
+
+@dequantize.register_fake
+def _(codes, scale, amax, offs, size, dtype, format):
+    return codes.new_empty((*codes.shape[:-1], size), dtype=dtype)
 
 
 @torch.library.custom_op("nvfp4_titan::reference_mm", mutates_args=())

@@ -17,6 +17,7 @@ from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ..errors import UnsupportedError
 from .tensor_parallel import first_index, reduced_amax
 
 
@@ -39,7 +40,14 @@ class ShardedWeight:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter, sharded also while FSDP has it gathered."""
-        return self.fsdp.sharded_param if self.fsdp else self.module._parameters[self.name]
+        if self.fsdp:
+            return self.fsdp.sharded_param
+        if self.name not in self.module._parameters:
+            raise UnsupportedError(
+                f"{self.name} of {type(self.module).__name__} is no parameter any more "
+                "(parametrized or pruned): do that before track_weights, or leave it as it is"
+            )
+        return self.module._parameters[self.name]
 
     @property
     def local(self) -> torch.Tensor:
@@ -118,7 +126,8 @@ def weight_amaxes(weights: Sequence[ShardedWeight]) -> list[torch.Tensor]:
                 places.append(slot)
         counts.append(count)
     # 0 for what this rank has no part of.
-    amaxes = torch.zeros(sum(counts), device=weights[0].device if weights else None)
+    device = weights[0].device if weights else None
+    amaxes = torch.zeros(sum(counts), dtype=torch.float32, device=device)
     if parts:
         # The infinity norm is max |x|, of hundreds of tensors in a few kernels.
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(parts, float("inf"))])

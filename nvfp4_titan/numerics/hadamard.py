@@ -28,7 +28,7 @@ def rht(t: torch.Tensor, dim: int = -1) -> torch.Tensor:
     Returns:
         bf16 tensor of t's shape.
     """
-    dim = dim % t.dim()
+    dim, t = dim % t.dim(), t.detach()
     rows, columns = t.shape
     negative = (_NEGATIVE >> torch.arange(BLOCK, device=t.device)) & 1
     signs = (1 - 2 * negative).to(torch.float32) / 4

@@ -149,7 +149,7 @@ def quantize(
     fmt = OperandFormat(format, tuple(block or (1, format.block)), rounding, rht)
     _check_arguments(x, fmt, seed)
     leading, size = x.shape[:-1], x.shape[-1]
-    t = prepare(x.reshape(-1, size), rht=rht, block=format.block)
+    t = prepare(x.detach().reshape(-1, size), rht=rht, block=format.block)
     block_amax = block_amaxes(t, fmt.block[0], format.block)
     if not format.tensor_scale:
         amax = None
@@ -291,5 +291,7 @@ def _check_arguments(x: torch.Tensor, fmt: OperandFormat, seed: int | None) -> N
             f"block={fmt.block} takes a {wanted} tensor with the contraction dim last, got shape "
             f"{tuple(x.shape)}"
         )
+    if x.shape[-1] == 0:
+        raise ConfigError(f"a tensor of shape {tuple(x.shape)} has no contraction dim to quantize")
     if fmt.rounding == "sr" and seed is None:
         raise ConfigError("rounding='sr' needs seed=, the 64-bit key from numerics.sr_key()")

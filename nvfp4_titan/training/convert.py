@@ -50,7 +50,7 @@ def convert(
     model: nn.Module,
     *,
     recipe: str | Recipe = "nvfp4",
-    rules: Iterable[str] = (),
+    rules: Iterable[str] | None = (),
     bf16_first_layers: int = 0,
     bf16_last_fraction: float = 0.15,
     experts: bool = True,
@@ -87,6 +87,7 @@ def convert(
             a linear.
         UnsupportedError: the backend cannot run here.
     """
+    rules = () if rules is None else rules
     if isinstance(rules, str):
         raise ConfigError(f"rules = {rules!r} must be a list of 'glob=recipe' strings")
     resolve(backend)

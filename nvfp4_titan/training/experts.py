@@ -18,6 +18,7 @@ An operation that would drop the subclass raises: experts never fall back silent
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from threading import get_ident
 
 import torch
 from torch import nn
@@ -49,6 +50,15 @@ _KEEP = {
 
 _OF_EXPERTS = {aten.select.int, aten.slice.Tensor}
 """Of these, what takes some of the experts where it works on dim 0."""
+
+_STRIDED = {
+    aten._to_copy.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.t.default,
+    aten.transpose.int,
+}
+"""Of these, what leaves all elements, and strides that tell how they lie in the parameter."""
 
 _GROUPED_MM = {torch._grouped_mm, torch.nn.functional.grouped_mm}
 _MATMUL = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
@@ -154,13 +164,29 @@ class ExpertWeight(torch.Tensor):
                 "precision with a rule or nvfp4.experts = false"
             )
         weight, *others = args  # these operations have one tensor, and have it first
-        amax, options = weight.amax, weight.options
+        kwargs, options = kwargs or {}, weight.options
+        result = func(weight.data_, *others, **kwargs)
         kept = tuple(getattr(weight, name) for name in _KEPT)
-        if func in _OF_EXPERTS:
+        layout = kwargs.get("memory_format")
+        same_view = func is aten.view.default and result.shape == weight.shape
+        strided = func in _STRIDED and layout in (None, torch.preserve_format)
+        if not (same_view or strided):
             options, kept = replace(options, kept_dtype=None), ()
-            if amax is not None and weight.dim() == 3 and args[1] == 0:
-                amax = func(amax, *args[1:])
-        return cls(func(weight.data_, *others, **(kwargs or {})), weight.key, options, amax, kept)
+        return cls(result, weight.key, options, weight._amax_after(func, others, result), kept)
+
+    def _amax_after(self, func, others: list, result: torch.Tensor) -> torch.Tensor | None:
+        """What is known of the amaxes of an operation's result: None where it is other weights."""
+        if self.amax is None:
+            return None
+        if func in _OF_EXPERTS:
+            dim, *which = others or [0]
+            return func(self.amax, 0, *which) if self.dim() == 3 and dim % 3 == 0 else None
+        moved = self.dim() == 3 and (
+            (func is aten.transpose.int and 0 in (others[0] % 3, others[1] % 3))
+            or (func is aten.permute.default and others[0][0] % 3 != 0)
+        )
+        same = result.dim() == self.dim() and result.shape[:-2] == self.shape[:-2] and not moved
+        return self.amax if same else None
 
 
 class _Unwrap(torch.autograd.Function):
@@ -195,8 +221,8 @@ class _Wrap(torch.autograd.Function):
         return grad, *(None,) * ctx.options
 
 
-def _intercepted_grouped_mm(x, mat2, offs=None, bias=None, out_dtype=None) -> torch.Tensor:
-    w = mat2
+def _intercepted_grouped_mm(input, mat2, offs=None, bias=None, out_dtype=None) -> torch.Tensor:
+    x, w = input, mat2
     if (
         not isinstance(w, ExpertWeight)
         or offs is None
@@ -270,16 +296,24 @@ class WrappingExperts:
     kept_weights = None
     being_observed = False
     """Both as NVFP4Linear's; operands by weight name."""
-    _wrapped = None
-    """While the forward runs: what it has read, by name and grad mode."""
 
     def forward(self, *args, **kwargs):
         """Run the module's own forward, reading converted weights wrapped; never compiled whole."""
-        self._wrapped = {}
+        gone = self._converted.keys() - self._parameters.keys()
+        if gone:
+            raise UnsupportedError(
+                f"expert weights {', '.join(sorted(gone))} are no parameters any more "
+                "(parametrized, pruned or replicated by DataParallel), and would not be quantized: "
+                "leave them as they are, and use DistributedDataParallel or FSDP"
+            )
+        outer = self._reads.get(get_ident())
+        self._reads[get_ident()] = {}
         try:
             return super().forward(*args, **kwargs)
         finally:
-            self._wrapped = None
+            del self._reads[get_ident()]
+            if outer is not None:
+                self._reads[get_ident()] = outer
 
     def _apply(self, *args, **kwargs):
         super()._apply(*args, **kwargs)
@@ -329,14 +363,15 @@ class WrappingExperts:
         if name not in self.__dict__["_converted"]:
             return value
         # A checkpoint inside the forward recomputes during backward, outside of it.
-        if self._wrapped is None:
+        reads = self.__dict__["_reads"].get(get_ident())
+        if reads is None:
             recomputing = torch._C._current_graph_task_id() != -1
             return self._wrap(name, value) if recomputing else value
         # torchtitan's forward reads each weight twice; one read without grad has no grad to give.
         reading = name, torch.is_grad_enabled()
-        if reading not in self._wrapped:
-            self._wrapped[reading] = self._wrap(name, value)
-        return self._wrapped[reading]
+        if reading not in reads or reads[reading][0] is not value:
+            reads[reading] = value, self._wrap(name, value)
+        return reads[reading][1]
 
     def _wrap(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """A weight as an ExpertWeight, or as a DTensor of one."""
@@ -405,6 +440,7 @@ def convert_experts(
         seed: Seed of stochastic rounding.
     """
     module.__class__ = _wrapping_class(type(module))
+    module._reads = {}  # of each thread whose forward runs: what it has read, by name and grad mode
     module.weight_amaxes = {}
     module._converted = {
         name: (key_tensor(seed, f"{fqn}.{name}"), ExpertOptions(recipe, backends[recipe]))

@@ -26,6 +26,20 @@ def test_hand_worked_block():
     assert torch.equal(dequantize(operand)[0, :4], expected)
 
 
+@pytest.mark.parametrize("rounding", ["rtne", "sr"])
+def test_parameters_are_quantized_as_the_values_they_hold(rounding):
+    p = torch.nn.Parameter(torch.randn(20, 40))
+    ours, theirs = (quantize(t, rounding=rounding, seed=1) for t in (p, p.detach()))
+    assert torch.equal(ours.codes, theirs.codes) and not ours.amax.requires_grad
+    assert torch.equal(rht(p[:16]), rht(p.detach()[:16]))
+
+
+@pytest.mark.parametrize("shape", [(0,), (4, 0)])
+def test_nothing_to_contract(shape):
+    with pytest.raises(ConfigError, match="no contraction dim"):
+        quantize(torch.zeros(shape))
+
+
 def test_zeros():
     for kwargs in ({}, {"rht": True}, {"block": (16, 16)}, {"rounding": "sr", "seed": 1}):
         operand = quantize(torch.zeros(20, 40), **kwargs)

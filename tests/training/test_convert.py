@@ -82,6 +82,14 @@ def test_first_layers():
     assert "layers.1.wq" in report.kept and "layers.2.wq" in report.converted
 
 
+def test_no_rules_are_none_or_empty():
+    models = nn.Sequential(nn.Linear(32, 32)), nn.Sequential(nn.Linear(32, 32))
+    reports = [
+        convert(m, rules=r, backend="reference") for m, r in zip(models, (None, []), strict=False)
+    ]
+    assert reports[0] == reports[1]
+
+
 def test_rules_override_everything_and_the_last_match_wins():
     report = convert(
         Model(),

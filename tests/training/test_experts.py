@@ -1,10 +1,12 @@
 """Expert weights: intercepted where they multiply, plain everywhere else."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from nvfp4_titan import convert
@@ -138,6 +140,78 @@ def test_a_forward_wraps_a_weight_once_and_a_read_without_grad_takes_no_grad_awa
     assert type(experts.w1) is nn.Parameter
 
 
+class Waiting(Experts):
+    """Calls `between` after it has read its first weight."""
+
+    between = staticmethod(lambda experts: None)
+
+    def forward(self, x, counts):
+        w1, offs = self.w1, counts.cumsum(0).to(torch.int32)
+        type(self).between(self)
+        return run_grouped(w1, self.w2, x, offs)
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    model = Model()
+    model.moe.experts = Waiting()
+    convert(model, backend="reference")
+    return (
+        model.moe.experts,
+        torch.randn(32, 32),
+        lambda f: monkeypatch.setattr(Waiting, "between", staticmethod(f)),
+    )
+
+
+@pytest.mark.parametrize("where", ["in another thread", "in the forward itself"])
+@torch.no_grad()
+def test_a_second_forward_that_ends_leaves_the_first_one_quantized(where, waiting):
+    experts, x, set_between = waiting
+    expected = experts(x, COUNTS)
+
+    def again(module):
+        set_between(lambda module: None)
+        if where == "in the forward itself":
+            module(x[:5], torch.tensor([5, 0, 0, 0]))
+        else:
+            thread = threading.Thread(target=module, args=(x, COUNTS))
+            thread.start()
+            thread.join()
+
+    set_between(again)
+    assert torch.equal(experts(x, COUNTS), expected)
+    assert not experts._reads
+
+
+def test_a_weight_exchanged_in_the_forward_is_the_new_one(waiting):
+    experts, x, set_between = waiting
+    new = nn.Parameter(experts.w2.detach() * 2)
+
+    def exchange(module):
+        assert module.w2 is not new  # read once before
+        module.w2 = new
+
+    set_between(exchange)
+    y = experts(x, COUNTS)
+    set_between(lambda module: None)
+    assert torch.equal(y, experts(x, COUNTS))
+
+
+@pytest.mark.parametrize("change", ["parametrize", "prune", "delete"])
+def test_a_weight_that_is_no_parameter_any_more_is_refused(change):
+    experts, _, _ = converted()
+    if change == "parametrize":
+        parametrize.register_parametrization(experts, "w1", nn.Identity())
+    elif change == "prune":
+        prune.identity(experts, "w1")
+    else:
+        w1 = experts.w1.detach()
+        del experts.w1
+        experts.w1 = w1
+    with pytest.raises(UnsupportedError, match="w1 are no parameters any more"):
+        experts(torch.randn(32, 32), COUNTS)
+
+
 def test_parameters_stay_plain(tmp_path):
     experts, plain, _ = converted()
     assert all(type(p) is nn.Parameter for p in experts.parameters())
@@ -197,6 +271,13 @@ def test_a_module_that_is_compiled_whole_runs_its_experts_eagerly(backend):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+def read_in_a_forward(experts, name):
+    experts._reads[threading.get_ident()] = {}
+    weight = getattr(experts, name)
+    experts._reads.clear()
+    return weight
+
+
 @pytest.mark.parametrize("bias", [None, torch.ones(48)])
 def test_linear_is_matmul_of_the_turned_weight(bias):
     experts, x = converted()[0], torch.randn(16, 32)
@@ -207,9 +288,7 @@ def test_linear_is_matmul_of_the_turned_weight(bias):
         lambda w: torch.matmul(input=x, other=w.t()) + (0 if bias is None else bias),
     ):
         experts.zero_grad()
-        experts._wrapped = {}
-        y = multiply(experts.w1[1])
-        experts._wrapped = None
+        y = multiply(read_in_a_forward(experts, "w1")[1])
         y.square().sum().backward()
         found.append((y, experts.w1.grad))
     assert all(

@@ -56,6 +56,74 @@ class Model(nn.Module):
         return x + self.experts(x, offs)
 
 
+class OddExperts(nn.Module):
+    """Experts (E, K, N), K = N, that take their weights in unusual ways."""
+
+    def __init__(self, take):
+        super().__init__()
+        self.num_experts, self.take = EXPERTS, take
+        self.w = nn.Parameter(torch.randn(EXPERTS, DIM, DIM))
+        with torch.no_grad():
+            self.w *= torch.tensor([0.01, 1, 2, 4]).view(-1, 1, 1)
+
+    def forward(self, x, offs):
+        return self.take(self.w, x, offs)
+
+
+def column_major(w, x, offs):
+    return torch._grouped_mm(x, w.mT.contiguous().mT, offs=offs)
+
+
+def one_by_one(take):
+    def run(w, x, offs):
+        counts = offs.diff(prepend=offs.new_zeros(1)).tolist()
+        return torch.cat([part @ take(w, e) for e, part in enumerate(x.split(counts))])
+
+    return run
+
+
+ODD = {
+    "as they are": lambda w, x, offs: torch._grouped_mm(x, w, offs=offs),
+    "by keywords": lambda w, x, offs: torch._grouped_mm(input=x, mat2=w, offs=offs),
+    "column major": column_major,
+    "through clone": lambda w, x, offs: torch._grouped_mm(x, w.mT.clone().mT, offs=offs),
+    "narrow from the end": one_by_one(lambda w, e: w.narrow(-3, e, 1)[0]),
+    "select from the end": one_by_one(lambda w, e: w.select(-3, e)),
+    "experts last": one_by_one(lambda w, e: w.permute(1, 2, 0)[:, :, e]),
+    "experts in the middle": one_by_one(lambda w, e: w.transpose(0, 1)[:, e]),
+    "half of the columns": one_by_one(lambda w, e: w[e][:, :16]),
+    "flat": one_by_one(lambda w, e: w.view(-1, DIM)[e * DIM : (e + 1) * DIM]),
+}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("take", ODD)
+def test_experts_taken_in_unusual_ways_are_the_same_tracked(take, keep):
+    plain = OddExperts(ODD[take])
+    plain.w.data[0, 0, -1] = 0.05  # of a half only
+    convert(plain, backend="reference")
+    tracked = copy.deepcopy(plain)
+    track_weights(tracked, keep_weights=keep)
+    x, offs = torch.randn(32, DIM), torch.tensor([5, 14, 25, 32], dtype=torch.int32)
+    for module in (plain, tracked):
+        module(x, offs).square().sum().backward()
+    assert torch.equal(plain(x, offs), tracked(x, offs))
+    assert torch.equal(plain.w.grad, tracked.w.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_amaxes_are_fp32_whatever_the_default_dtype(dtype):
+    model, x, offs = Model(), torch.randn(8, DIM), torch.tensor([2, 4, 6, 8], dtype=torch.int32)
+    convert(model, backend="reference")
+    expected = model(x, offs)
+    torch.set_default_dtype(dtype)
+    try:
+        track_weights(model)
+        assert torch.equal(model(x, offs), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 class Weights(TorchDispatchMode):
     """Counts how often a weight is quantized."""
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import WINDOW_DB, relative_error, saved_tensors, sqnr
+from torch import nn
 from torchao.prototype.moe_training.mxfp8_linear import (
     MXFP8Dim0CastKernelChoice,
     MXFP8Dim1CastKernelChoice,
@@ -16,7 +17,7 @@ from torchao.prototype.moe_training.mxfp8_linear import (
 from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 
-from nvfp4_titan import RECIPES
+from nvfp4_titan import RECIPES, convert
 from nvfp4_titan.backends import BACKENDS, resolve, stream
 from nvfp4_titan.errors import ConfigError, UnsupportedError
 from nvfp4_titan.formats import MXFP8
@@ -178,6 +179,21 @@ def test_compiles_to_one_graph_with_the_same_bits(name):
             y.backward(dy)
             results.append((y.detach(), a.grad, b.grad))
         assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_compiles_with_every_size_dynamic(name):
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))  # one alone compiles easily
+    convert(model, recipe=name, backend="reference", bf16_last_fraction=0)
+    results = []
+    for f in (model, torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)):
+        model.zero_grad()
+        x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        y = f(x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, model[0].weight.grad))
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
