@@ -17,6 +17,11 @@ def split_options(argv: list[str]) -> tuple[list[str], tuple[str, ...]]:
     return argv[:split], tuple(argv[split + 1 :])
 
 
+def runs_folder(given: Path | None, command: str, config: Path) -> Path:
+    """Folder of the runs of a command: as given, or one for each of its TOMLs."""
+    return given or Path("outputs", command, config.stem)
+
+
 def result_file(output: Path, suffix: str) -> Path:
     """OUTPUT and a suffix, whatever dots a model's name has.
 
@@ -64,16 +69,24 @@ def reporting(main: Callable[..., int]) -> Callable[..., int]:
     return reported
 
 
-def exit_status(work: Callable[[], int]) -> int:
-    """Do the work of a command that goes on when called again; SIGTERM ends it as Ctrl-C does.
+def exit_status(
+    work: Callable[[], int], interrupted: str = "interrupted: call it again to go on"
+) -> int:
+    """Do the work of a command that is stopped in good order; SIGTERM ends it as Ctrl-C does.
+
+    Args:
+        work: The work.
+        interrupted: What is said then.
 
     Returns:
         What the work returns; USAGE, OUT_OF_TIME or INTERRUPTED, with a line on stderr, where it
         did not end.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return reporting(work)()
     except KeyboardInterrupt:
-        print("interrupted: call it again to go on", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)

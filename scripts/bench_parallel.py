@@ -11,6 +11,7 @@ Options after -- go to every job.
 """
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Literal
 
 import tyro
 
+from nvfp4_titan.bench import require_gpu
 from nvfp4_titan.bench.jobs import run_jobs, select
 from nvfp4_titan.bench.parallel import DEEPSEEK, LLAMA, PLANS, Settings, compared, plot
-from nvfp4_titan.command import reporting, result_file, split_options
+from nvfp4_titan.command import exit_status, result_file, split_options
 from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.titan.corpus import tokenizer_path
 from nvfp4_titan.toml import read_toml
@@ -101,10 +103,16 @@ def _earlier(path: Path) -> dict[str, dict]:
         raise ConfigError(f"{path} is no file of jobs' results: give another --output") from error
 
 
-@reporting
 def main(argv: list[str]) -> int:
     own, options = split_options(argv)
     arguments = tyro.cli(Arguments, args=own)
+    kept = f"interrupted: the jobs that have ended are in {arguments.output}.json"
+    return exit_status(lambda: _bench(arguments, options), kept)
+
+
+def _bench(arguments: Arguments, options: tuple[str, ...]) -> int:
+    if not (arguments.llama or arguments.deepseek):
+        require_gpu()  # a model of one's own may be small enough for a CPU
     path = result_file(arguments.output, ".json")
     results = _earlier(path)
     plan = PLANS[arguments.plan](arguments.settings(options), arguments.folder)
@@ -113,7 +121,7 @@ def main(argv: list[str]) -> int:
         speed = f", {result['tokens_per_s']:,.0f} tokens/s" if "losses" in result else ""
         print(f"{name}: {result['status']}, {result['seconds']:.0f} s{speed}", flush=True)
         results[name] = result
-        content = {"command": " ".join(sys.argv), "compared": compared(results)}
+        content = {"command": shlex.join(sys.argv), "compared": compared(results)}
         path.write_text(json.dumps(content | {"runs": results}, indent=1) + "\n")
     plot(results, result_file(arguments.output, ".png"))
     print(json.dumps(compared(results), indent=1))

@@ -9,9 +9,9 @@ OUTPUT.md and OUTPUT.png. Options after -- go to every job. NGPU=8 gives each jo
         --variants bf16 nvfp4 no_rht -- --training.steps 3000
 
 A variant is a recipe (see docs/recipes.md), an ablation (no_tail, tail_05, tail_15, tail_30, no_sr,
-no_rht, weights_1x16, sr_forward), or "name=recipe option option ..". The first is the control.
-Interrupted, by Ctrl-C, SIGTERM or --time-limit, it goes on when called again, in the middle of a
-run. --pack writes the finished runs into one file, --take reads such files.
+no_rht, weights_1x16, sr_forward, fprop_switch), or "name=recipe option option ..". The first is the
+control. Interrupted, by Ctrl-C, SIGTERM or --time-limit, it goes on when called again, in the
+middle of a run. --pack writes the finished runs into one file, --take reads such files.
 
 Exit status: 0 all judged variants pass; 1 one does not, or a run failed, is missing or does not fit
 its control; 2 a setting that cannot be used; 3 the time limit came first.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tyro
 
-from nvfp4_titan.command import exit_status, result_file, split_options
+from nvfp4_titan.command import exit_status, result_file, runs_folder, split_options
 from nvfp4_titan.convergence.archive import carried
 from nvfp4_titan.convergence.check import Found, Plan, read_all, run_all, verdicts
 from nvfp4_titan.convergence.slots import Slots
@@ -47,8 +47,8 @@ class Arguments:
     """Of weights and stochastic rounding."""
     ablation_seeds: tuple[int, ...] = ()
     """Seeds of the ablations; the first of --seeds if empty."""
-    runs: Path = Path("outputs/check_convergence")
-    """Folder of the jobs' dump folders."""
+    runs: Path | None = None
+    """Folder of the jobs' dump folders; outputs/check_convergence/CONFIG by default."""
     time_limit: float | None = None
     """Seconds after which the runs in flight are saved and stopped (allow half a minute for it)."""
     gpus: tuple[str, ...] = ()
@@ -79,9 +79,10 @@ def main(argv: list[str]) -> int:
 
 
 def _check(arguments: Arguments, options: tuple[str, ...]) -> int:
+    runs = runs_folder(arguments.runs, "check_convergence", arguments.config)
     plan = Plan(
         arguments.config,
-        arguments.runs,
+        runs,
         tuple(map(parse_variant, arguments.variants)),
         arguments.seeds,
         arguments.ablation_seeds,
@@ -91,7 +92,7 @@ def _check(arguments: Arguments, options: tuple[str, ...]) -> int:
     if arguments.report:
         result_file(arguments.output, ".json")  # before hours of work
     slots = Slots(arguments.gpus, arguments.per_gpu)
-    with carried(arguments.runs, arguments.take, arguments.pack) as pack:
+    with carried(runs, arguments.take, arguments.pack) as pack:
         launched = arguments.launch
         found = run_all(plan, slots, arguments.time_limit, pack) if launched else read_all(plan)
     if not (arguments.report and found.runs):

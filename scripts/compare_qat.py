@@ -11,6 +11,7 @@ On a machine that keeps no folder, a recipe that OUTPUT.json or a --take file ho
 again. Exit status: 0 done, 2 a setting that cannot be used, 3 the time limit came first.
 """
 
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from nvfp4_titan.command import exit_status, result_file, split_options
+from nvfp4_titan.command import exit_status, result_file, runs_folder, split_options
 from nvfp4_titan.deploy.table import (
     TableOptions,
     format_tables,
@@ -41,8 +42,8 @@ class Arguments:
     """TOML of the job; validation must be enabled."""
     output: Path
     """Path of the results, without a suffix."""
-    runs: Path = Path("outputs/compare_qat")
-    """Folder of the runs and checkpoints."""
+    runs: Path | None = None
+    """Folder of the runs and checkpoints; outputs/compare_qat/CONFIG by default."""
     take: tuple[Path, ...] = ()
     """Results files of earlier calls, whose recipes are taken over."""
     time_limit: float | None = None
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
     own, extra = split_options(argv)
     arguments = tyro.cli(Arguments, args=own)
     cpu_runtime.install()
-    command = " ".join(("scripts/compare_qat.py", *argv))
+    command = shlex.join(("scripts/compare_qat.py", *argv))
     return exit_status(lambda: _compare(arguments, extra, command))
 
 
@@ -73,7 +74,8 @@ def _compare(arguments: Arguments, extra: tuple[str, ...], command: str) -> int:
         if not file.is_file():
             raise ConfigError(f"--take {file} is not there")
         merge(tables, read_tables(file))
-    comparison = Comparison(arguments.config, arguments.runs, options, extra, deadline)
+    runs = runs_folder(arguments.runs, "compare_qat", arguments.config)
+    comparison = Comparison(arguments.config, runs, options, extra, deadline)
     request = options.request(arguments.config, extra)
     table = place(tables, arguments.config.stem, _device(options.device), request)
     missing = tuple(recipe for recipe in options.recipes if recipe not in table["recipes"])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tyro
 
-from nvfp4_titan.command import exit_status, result_file, split_options
+from nvfp4_titan.command import exit_status, result_file, runs_folder, split_options
 from nvfp4_titan.convergence.archive import carried
 from nvfp4_titan.convergence.check import Found, Plan, run_all
 from nvfp4_titan.convergence.recipes import CONTROL, ROWS, format_table, table
@@ -39,8 +39,8 @@ class Arguments:
     rows: tuple[str, ...] = ROWS
     """Recipes, or variants as check_convergence.py takes them; bf16, the control, comes first; fp8
     is torchtitan's own float8."""
-    runs: Path = Path("outputs/compare_recipes")
-    """Folder of the jobs' dump folders."""
+    runs: Path | None = None
+    """Folder of the jobs' dump folders; outputs/compare_recipes/CONFIG by default."""
     seed: int = 0
     """Of weights and stochastic rounding."""
     time_limit: float | None = None
@@ -64,9 +64,10 @@ def main(argv: list[str]) -> int:
 
 
 def _compare(arguments: Arguments, options: tuple[str, ...]) -> int:
+    runs = runs_folder(arguments.runs, "compare_recipes", arguments.config)
     plan = Plan(
         arguments.config,
-        arguments.runs,
+        runs,
         tuple(map(parse_variant, arguments.rows)),
         (arguments.seed,),
         options=options,
@@ -74,7 +75,7 @@ def _compare(arguments: Arguments, options: tuple[str, ...]) -> int:
     )
     slots = Slots(arguments.gpus)
     result_file(arguments.output, ".json")  # before hours of work
-    with carried(arguments.runs, arguments.take, arguments.pack) as pack:
+    with carried(runs, arguments.take, arguments.pack) as pack:
         found = run_all(plan, slots, arguments.time_limit, pack)
     return _report(arguments.output, found)
 

@@ -10,6 +10,7 @@ Prints bf16 beside NVFP4. Options after -- are torchtitan's. docs/scale.md says 
 import json
 import math
 import os
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
     print(format_table(found, arguments.device_gib))
     if arguments.output:
         content = {
-            "command": " ".join(sys.argv),
+            "command": shlex.join(sys.argv),
             "torch": torch.__version__,
             "commit": source_commit(),
         }

@@ -6,6 +6,7 @@ starts. What a job left in its dump folder (losses, throughput, memory) is read 
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -117,7 +118,8 @@ def _run(job: Job, folder: Path, timeout: float) -> dict:
             returncode = process.wait(timeout)
         except subprocess.TimeoutExpired:
             returncode = None
-            _stop(process)
+        finally:
+            _stop(process)  # also where this process is stopped: nobody else would
     seconds = time.monotonic() - start
     text = log.read_text(errors="replace")
     status = _status(job, returncode, text)
@@ -126,13 +128,15 @@ def _run(job: Job, folder: Path, timeout: float) -> dict:
         "status": status,
         "seconds": round(seconds, 1),
         "group": job.group,
-        "command": " ".join([*shown, "python", *command]),
+        "command": " ".join([*shown, shlex.join(["python", *command])]),
         **_measured(folder),
     }
     return result if status == "ok" else result | {"log": text.splitlines()[-60:]}
 
 
 def _stop(process: subprocess.Popen) -> None:
+    if process.poll() is not None:
+        return
     process.terminate()
     try:
         process.wait(GRACE_SECONDS)

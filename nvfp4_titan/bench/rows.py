@@ -7,6 +7,7 @@ one case only; above 1 is faster than the control.
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -42,7 +43,7 @@ class Environment:
             triton=version("triton"),
             python=platform.python_version(),
             commit=commit.stdout.strip() or "unknown",
-            command=" ".join(sys.argv),
+            command=shlex.join(sys.argv),
         )
 
 

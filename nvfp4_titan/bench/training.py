@@ -100,6 +100,9 @@ def bench_train(
     """
     if steps <= WARMUP_STEPS:
         raise ConfigError(f"steps={steps} must be more than {WARMUP_STEPS}, which are left out")
+    names = [config.stem for config in configs]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two TOMLs have one name, {', '.join(names)}: rename one")
     check_new(folder)
     rows = []
     for config in configs:

@@ -74,7 +74,8 @@ def carried(runs: Path, take: Iterable[Path], archive: Path | None) -> Iterator[
         archive: File to write, or None.
 
     Raises:
-        ConfigError: a file of `take` is no archive of runs.
+        ConfigError: a file of `take` is no archive of runs, or `archive` holds runs that the folder
+            then still lacks.
     """
 
     def pack_now() -> None:
@@ -85,11 +86,39 @@ def carried(runs: Path, take: Iterable[Path], archive: Path | None) -> Iterator[
         check_writable(archive)
     for given in take:
         print(f"{given}: took {', '.join(unpack(given, runs)) or 'nothing new'}")
+    if archive is not None and archive.is_file():
+        lost = sorted(name for name in names(archive) if not _finished(runs / name))
+        if lost:
+            raise ConfigError(
+                f"{archive} holds runs that {runs} does not, and would lose them: "
+                f"{', '.join(lost)}. Add --take {archive}, or give --pack another file"
+            )
     try:
         yield pack_now
     finally:
         if packed := pack_finished(runs, archive):
             print(packed)
+
+
+def names(archive: Path) -> set[str]:
+    """Names of the runs in an archive.
+
+    Raises:
+        ConfigError: the file is no archive of runs.
+    """
+    with _opened(archive) as tar:
+        return {_run_of(member) for member in tar.getmembers() if not member.isdir()}
+
+
+@contextmanager
+def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
+    try:
+        # Whole, which checks its sum: of a damaged one tarfile reads the runs before the damage.
+        content = io.BytesIO(gzip.decompress(archive.read_bytes()))
+        with tarfile.open(fileobj=content) as tar:
+            yield tar
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise ConfigError(f"{archive} cannot be read as an archive of runs: {error}") from error
 
 
 def unpack(archive: Path, folder: Path) -> list[str]:
@@ -101,23 +130,18 @@ def unpack(archive: Path, folder: Path) -> list[str]:
     Raises:
         ConfigError: the file is no archive of runs.
     """
-    try:
-        # Whole, which checks its sum: of a damaged one tarfile reads the runs before the damage.
-        content = io.BytesIO(gzip.decompress(archive.read_bytes()))
-        with tarfile.open(fileobj=content) as tar:
-            members = [member for member in tar.getmembers() if not member.isdir()]
-            runs = [_run_of(member) for member in members]
-            taken = sorted(name for name in set(runs) if not _finished(folder / name))
-            chosen = [m for m, run in zip(members, runs, strict=True) if run in taken]
-            if linked := [name for name in taken if (folder / name).is_symlink()]:
-                raise tarfile.TarError(f"{folder / linked[0]} is a link: remove it first")
-            for name in taken:
-                shutil.rmtree(folder / name, ignore_errors=True)  # an unfinished run's events
-            # The request last: what says that a run has finished.
-            for member in sorted(chosen, key=lambda m: m.name.endswith(f"/{REQUEST}")):
-                _write(tar, member, folder)
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise ConfigError(f"{archive} cannot be read as an archive of runs: {error}") from error
+    with _opened(archive) as tar:
+        members = [member for member in tar.getmembers() if not member.isdir()]
+        runs = [_run_of(member) for member in members]
+        taken = sorted(name for name in set(runs) if not _finished(folder / name))
+        chosen = [m for m, run in zip(members, runs, strict=True) if run in taken]
+        if linked := [name for name in taken if (folder / name).is_symlink()]:
+            raise tarfile.TarError(f"{folder / linked[0]} is a link: remove it first")
+        for name in taken:
+            shutil.rmtree(folder / name, ignore_errors=True)  # an unfinished run's events
+        # The request last: what says that a run has finished.
+        for member in sorted(chosen, key=lambda m: m.name.endswith(f"/{REQUEST}")):
+            _write(tar, member, folder)
     return taken
 
 

@@ -27,7 +27,8 @@ from .runs import Run, check_settings, read_record, read_run
 REQUEST, LOG = "request.json", "log.txt"
 _UNFINISHED = f"{REQUEST}.unfinished"
 _CHECKPOINTS = "checkpoint"
-_ERROR = re.compile(rb"^error: (.*)$", re.MULTILINE)
+# Our own lines, and what tyro says in a box of an option that is none.
+_ERROR = re.compile("^(?:error: |│ (?=Unrecognized options))(.*?)[ │]*$".encode(), re.MULTILINE)
 _STEP = re.compile(rb"step:\s+(\d+)\s.*?loss:\s+(\S+)")
 _POLL_SECONDS, _TAIL_BYTES = 0.2, 20_000
 _GRACE_SECONDS = 120

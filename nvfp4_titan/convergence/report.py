@@ -5,6 +5,7 @@ thresholds, curves, commands and versions.
 """
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -218,7 +219,7 @@ def write_report(
         **{key: record[key] for key in _ABOUT},
         "runs": {
             f"{name}_seed{seed}": {
-                "command": " ".join(run.record["command"][1:]),
+                "command": shlex.join(run.record["command"][1:]),
                 "validation": run.validation,
                 "train": run.train,
             }

@@ -1,6 +1,7 @@
 """Results of compared runs as files: OUTPUT.json and OUTPUT.png."""
 
 import json
+import shlex
 from pathlib import Path
 
 from ..command import result_file
@@ -31,7 +32,7 @@ def write_results(output: Path, figures: dict, runs: dict[str, Run]) -> None:
     result = {
         **figures,
         **{key: record.get(key) for key in _FROM_RECORD},
-        "commands": [" ".join(run.record["command"][1:]) for run in runs.values()],
+        "commands": [shlex.join(run.record["command"][1:]) for run in runs.values()],
         "train_loss": {name: run.train for name, run in runs.items()},
         "validation": {name: run.validation for name, run in runs.items()},
     }

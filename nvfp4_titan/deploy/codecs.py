@@ -22,6 +22,7 @@ kernels' arithmetic (MSLK, `quantize/shuffle.py`); compressed-tensors 0.20 (Apac
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -98,6 +99,7 @@ def _scale(amax: torch.Tensor, largest: float, eps: float) -> torch.Tensor:
     return torch.div(amax, torch.full_like(amax, largest)).clamp(min=eps)
 
 
+@cache
 def int_group(bits: int, group: int) -> Codec:
     """Symmetric integers with a scale per row and group."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -121,6 +123,7 @@ def _decode_groups(encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
     return (codes.to(scale.dtype) * scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
+@cache
 def int4_of_float8(group: int) -> Codec:
     """Float8 first, then int4 in groups: what a kernel with float8 activations is given."""
 
@@ -135,6 +138,7 @@ def int4_of_float8(group: int) -> Codec:
     return Codec(f"int4_of_float8_groups_of_{group}", encode, _decode_groups, group, 4)
 
 
+@cache
 def int4_minimum(group: int) -> Codec:
     """Asymmetric int4 in groups, recentred on 8, with the minimum in place of a zero point."""
 
@@ -203,6 +207,7 @@ def _mxfp4() -> Codec:
     return Codec("mxfp4", encode, decode, fmt.block, 4, "float")
 
 
+@cache
 def nvfp4(fmt: BlockFormat = NVFP4, block_rows: int = 1, amax: float | None = None) -> Codec:
     """NVFP4 in 1x16 or 16x16 blocks.
 

@@ -87,6 +87,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N)."""
+        if torch.is_autocast_enabled(x.device.type):  # before x is rounded, as in training
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.recipe.activation is not None:
             with torch.no_grad():
                 x = self.recipe.activation.round_trip(x)
@@ -141,7 +143,7 @@ def prepare(
             if recipe.gemm is None:
                 _fake_quantize(module, recipe)
     entries = (replace(e, recipe=recipe.name) if e.converted else e for e in report.entries)
-    return Report(tuple(entries))
+    return replace(report, entries=tuple(entries))
 
 
 def _fake_quantize(module: NVFP4Linear, recipe: DeployRecipe) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nvfp4_titan.bench.timing import schedule
 from nvfp4_titan.errors import ConfigError, UnsupportedError
 from nvfp4_titan.numerics import dequantize, quantize
 from nvfp4_titan.recipe import RECIPES
+from nvfp4_titan.scalars import RESERVED_GIB, TOKENS_PER_SECOND, TRAIN_LOSS
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 HERE = Environment("GPU", "2.11", "3.6", "3.12", "abc", "bench")
@@ -123,6 +125,28 @@ def test_training_runs_are_compared(tmp_path):
         bench(configs, tmp_path, 20, 3)
     with pytest.raises(ConfigError, match="must be more than 10"):
         bench(configs, tmp_path, 10, 1)
+
+
+def test_two_tomls_of_one_name(tmp_path):
+    with pytest.raises(ConfigError, match="two TOMLs have one name, a, a"):
+        training.bench_train([Path("x/a.toml"), Path("y/a.toml")], tmp_path, 20, 1)
+
+
+def test_the_first_steps_of_a_run_do_not_count(tmp_path, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def train(*args, **kwargs):
+        with SummaryWriter(tmp_path / "run" / "tb" / "x") as writer:
+            for step in range(1, 31):  # the warm-up is slow, and more than half of the steps
+                slow = step <= training.WARMUP_STEPS
+                writer.add_scalar(TOKENS_PER_SECOND, 10 if slow else step, step)
+                writer.add_scalar(RESERVED_GIB, 9 if slow else 3, step)
+                writer.add_scalar(TRAIN_LOSS, 1, step)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(training.subprocess, "run", train)
+    found = training.run(tmp_path / "x.toml", tmp_path / "run", 30, "bf16")
+    assert found == {"tokens_per_s": 20.5, "peak_gib": 9}
 
 
 def test_a_failing_run_names_its_log(tmp_path):

@@ -136,6 +136,12 @@ def test_comparisons_and_figure(tmp_path):
         assert figure["gap_of_last_ten_steps"] == pytest.approx(0.2 / 6)
         assert figure["largest_difference"] == pytest.approx(0.1)
         assert figure["tokens_per_s_ratio"] == figure["peak_memory_ratio"] == 0.5
+    long = {str(step): 2.0 for step in range(1, 31)}
+    half = {step: loss * (2 if int(step) <= 20 else 1.1) for step, loss in long.items()}
+    group = "llama3 FSDP=2"
+    pair = {f"{group} bf16": result(long, 1, group), f"{group} nvfp4": result(half, 1, group)}
+    (figure,) = parallel.compared(pair).values()
+    assert figure["gap_of_last_ten_steps"] == pytest.approx(0.1)
     parallel.plot(results, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
     parallel.plot({"failed": {"status": "failed"}}, tmp_path / "none.png")

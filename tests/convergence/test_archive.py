@@ -4,7 +4,8 @@ import tarfile
 
 import pytest
 
-from nvfp4_titan.convergence.archive import pack, unpack
+from nvfp4_titan.convergence import archive as archives
+from nvfp4_titan.convergence.archive import carried, pack, unpack
 from nvfp4_titan.convergence.launch import REQUEST
 from nvfp4_titan.errors import ConfigError
 
@@ -32,6 +33,42 @@ def test_a_run_takes_the_place_of_an_unfinished_one(tmp_path):
     events.write_text("of another run")
     (runs / "a" / REQUEST).write_text("{}")
     assert unpack(archive, runs) == ["a"] and not events.exists()
+
+
+def test_an_archive_never_loses_runs_that_are_nowhere_else(tmp_path):
+    archive, runs = tmp_path / "runs.tar.gz", tmp_path / "elsewhere"
+    pack([finished(tmp_path / "a"), finished(tmp_path / "b")], archive)
+    finished(runs / "b")
+    before = archive.read_bytes()
+    with pytest.raises(ConfigError, match=r"would lose them: a\. Add --take .*runs\.tar\.gz"):
+        with carried(runs, (), archive):
+            raise AssertionError("before any work")
+    assert archive.read_bytes() == before
+    with carried(runs, (archive,), archive):
+        finished(runs / "c")
+    assert archives.names(archive) == {"a", "b", "c"}
+    with carried(runs, (), archive):  # all of it is here
+        pass
+
+
+def test_a_run_that_could_not_be_taken_whole_has_not_finished(tmp_path, monkeypatch):
+    archive, runs = tmp_path / "runs.tar.gz", tmp_path / "elsewhere"
+    events = finished(tmp_path / "a") / "tb" / "1" / "events.out.tfevents.9.x.1.0"
+    events.parent.mkdir(parents=True)
+    events.write_text("losses")
+    pack([tmp_path / "a"], archive)
+
+    def disk_full(tar, member, folder):
+        if "tfevents" in member.name:
+            raise OSError("no space left")
+        write(tar, member, folder)
+
+    write = archives._write
+    monkeypatch.setattr(archives, "_write", disk_full)
+    with pytest.raises(ConfigError, match="no space left"):
+        unpack(archive, runs)
+    monkeypatch.undo()
+    assert unpack(archive, runs) == ["a"] and next(runs.glob("a/tb/1/*")).read_text() == "losses"
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b[:40] + b"xx" + b[42:]])

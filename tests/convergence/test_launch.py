@@ -82,6 +82,18 @@ def test_a_failure_says_why(job, monkeypatch):
         job.run()
 
 
+def test_an_option_that_is_none_is_named(job, monkeypatch):
+    program = "print('│ Unrecognized options: --nvfp4.frst=2      │'); raise SystemExit(2)"
+    monkeypatch.setattr(Job, "command", lambda job: [sys.executable, "-X", "utf8", "-c", program])
+    (job.folder / REQUEST).unlink()
+    with pytest.raises(ConfigError, match="failed: Unrecognized options: --nvfp4.frst=2; see "):
+        job.run()
+
+
+def test_how_often_a_run_was_saved_does_not_count(job):
+    assert replace(job, options=(*job.options, "--checkpoint.interval=7")).finished()
+
+
 def test_losses_to_compare(tmp_path):
     config = tmp_path / "job.toml"
     config.write_text("[validation]\nenable = true\n")

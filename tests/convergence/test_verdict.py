@@ -121,6 +121,10 @@ def test_a_run_that_diverges_fails_whatever_its_validation():
     assert verdict.outcome == "fail" and "diverged" in " ".join(verdict.reasons)
     lasting = verdict_of([0.0], train=lambda step: 1.2)
     assert lasting.outcome == "fail"
+    # Below a spike's 10%, and above what may last: 5%.
+    for rise, outcome in ((0.09, "fail"), (0.05, "pass")):
+        low = verdict_of([0.0], train=lambda step, rise=rise: 1 + rise * (step > 800))
+        assert low.outcome == outcome and low.spikes == {0: []}
 
 
 def test_another_recipe_in_validation_is_said(tmp_path):

@@ -8,7 +8,7 @@ from support import relative_error
 from torch import nn
 
 from nvfp4_titan import convert
-from nvfp4_titan.deploy import DEPLOY_RECIPES, convert_prepared, prepare
+from nvfp4_titan.deploy import DEPLOY_RECIPES, DeployRecipe, convert_prepared, prepare
 from nvfp4_titan.deploy.modules import FakeQuantizedLinear
 from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.training import NVFP4Linear
@@ -49,6 +49,37 @@ def test_prepared_equals_converted(recipe, bias, dtype):
     unquantized = model(bias, dtype)
     unquantized.load_state_dict(plain.state_dict())
     assert not torch.equal(y, unquantized(x))
+
+
+@pytest.mark.parametrize("recipe", DEPLOY_RECIPES)
+def test_prepared_equals_converted_under_autocast(recipe):
+    prepared = model(True, torch.float32)
+    skip = ["2"] if N % DEPLOY_RECIPES[recipe].weight.multiple else []
+    prepare(prepared, recipe, skip=skip)
+    x = torch.randn(2, 8, K)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = prepared(x)
+        convert_prepared(prepared, torch.bfloat16)
+        assert torch.equal(prepared(x), y) and y.dtype == torch.bfloat16
+
+
+def test_the_report_is_that_of_the_conversion():
+    class Extra(nn.Sequential):
+        def __init__(self):
+            super().__init__(*model(False, torch.float32))
+            self.extra = nn.Parameter(torch.zeros(8, 8))
+
+    report = prepare(Extra(), "int8_act_int4_weight")
+    assert any("extra" in note for note in report.notes)
+
+
+def test_a_codec_of_the_same_parameters_is_the_same():
+    from nvfp4_titan.deploy import codecs
+
+    assert codecs.int_group(4, 32) == codecs.int_group(4, 32) != codecs.int_group(4, 64)
+    mine = DeployRecipe("mine", None, codecs.int_group(4, 32), None, None)
+    prepare(model(False, torch.float32), "int8_act_int4_weight")
+    assert prepare(model(False, torch.float32), mine).converted
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -117,9 +148,27 @@ def test_torchaos_float8_gradients_are_wrong():
     assert torch.cosine_similarity(ours, exact, 0) < 0.9
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_symmetric_integers_arithmetic(dtype):
+    """Groups of 32 in int4, tokens in int8, written out; the least scale is the dtype's eps."""
+    recipe = DEPLOY_RECIPES["int8_act_int4_weight"]
+    eps = torch.finfo(dtype).eps
+    x = torch.randn(4, 64, dtype=dtype) * torch.tensor([1.0, 30.0, eps, 1e-12]).unsqueeze(1)
+    x = x.to(dtype)
+    for codec, group, low, high, largest in (
+        (recipe.weight, 32, -8, 7, 7.5),
+        (recipe.activation, 64, -128, 127, 127.5),
+    ):
+        expected = []
+        for part in x.reshape(-1, group):
+            step = (part.abs().max() / torch.tensor(largest, dtype=dtype)).clamp(min=eps)
+            expected.append((part / step).clamp(low, high).round() * step)
+        assert torch.equal(codec.round_trip(x), torch.stack(expected).view_as(x))
+
+
 def test_int4_kernels_arithmetic():
     """The two int4 kernels' arithmetic, written out element by element from its description."""
-    w = torch.randn(4, 256)
+    w = torch.randn(4, 256) * torch.tensor([1.0, 30.0, 1e-4, 1e-9]).unsqueeze(1)
     for name, kernel in (
         ("float8_act_int4_weight", _float8_then_int4),
         ("int4_weight_only", _asymmetric_int4),

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -24,6 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nvfp4_titan import convert
 from nvfp4_titan.distributed import amax_in_dtypes, amax_of_uses, fsdp_records
 from nvfp4_titan.distributed.fp4_gather import QuantizingShard
+from nvfp4_titan.distributed.tensor_parallel import reduced_amax
+from nvfp4_titan.distributed.weights import ShardedWeight, weight_amaxes
 from nvfp4_titan.training import keep_no_codes, refresh_weights, track_weights
 
 DIM, HIDDEN, EXPERTS, STEPS = 64, 96, 4, 3
@@ -141,6 +143,7 @@ def all_variants(rank, device):
         if variant == "tracked":
             check_loading(model, device)
     found["amaxes"] = amaxes_of_two_axes(device)
+    found["experts"] = amaxes_of_experts(rank, device)
     found["tied"] = tied_variants(device)
     return found
 
@@ -264,6 +267,24 @@ def amaxes_of_two_axes(device):
     return known, whole
 
 
+def amaxes_of_experts(rank, device):
+    """Amaxes where EP splits experts, and where FSDP does, 5 over 2 ranks; then with a NaN."""
+    mesh = init_device_mesh(device.type, (2,), mesh_dim_names=("ranks",))
+    whole = torch.randn(5, 32, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    split, sharded = nn.Module(), nn.Module()
+    split.w = nn.Parameter(distribute_tensor(whole[:4], mesh, [Shard(0)]))
+    sharded.w = nn.Parameter(whole.clone())
+    fully_shard(sharded, mesh=mesh)
+    record = fsdp_records(sharded)[sharded, "w"]
+    weights = ShardedWeight(split, "w", True, None), ShardedWeight(sharded, "w", True, record)
+    amaxes = whole.abs().amax((1, 2))
+    nan = [
+        reduced_amax(torch.tensor([float("nan") if rank == r else 1.0], device=device), mesh)
+        for r in range(2)
+    ]
+    return weight_amaxes(weights), [amaxes[2 * rank : 2 * rank + 2], amaxes], nan
+
+
 @pytest.fixture(scope="module", params=DEVICES)
 def ranks(request, tmp_path_factory):
     return spawn(all_variants, request.param, 2, tmp_path_factory.mktemp("weights"))
@@ -303,6 +324,13 @@ def test_amaxes_of_whole_weights(ranks):
         assert whole["experts"].isnan().tolist() == [False, True, False, False]
         for name, amax in whole.items():
             torch.testing.assert_close(known[name], amax, rtol=0, atol=0, equal_nan=True)
+
+
+def test_amaxes_of_experts_that_ranks_share_out(ranks):
+    for found in ranks:
+        known, expected, nan = found["experts"]
+        assert all(map(torch.equal, known, expected))
+        assert all(amax.isnan().all() for amax in nan)
 
 
 def test_the_rounding_of_an_amax_survives_a_compiler():
