@@ -43,7 +43,7 @@ def check(job_config: JobConfig, world_size: int) -> None:
     _check_dataset("training", job_config.training)
     if job_config.validation.enable:
         _check_dataset("validation", job_config.validation)
-    _check_checkpoint(job_config.checkpoint)
+    _check_checkpoint(job_config.checkpoint, job_config.job.dump_folder)
     _check_profiling(job_config.profiling)
     _check_folder(job_config.job.dump_folder)
 
@@ -180,6 +180,9 @@ def _check_sizes(job_config: JobConfig, data_parallel: int) -> None:
         )
 
 
+_OPTIMIZERS = ("Adam", "AdamW")
+
+
 def _check_positive(job_config: JobConfig) -> None:
     wanted = {
         "training": ["seq_len", "local_batch_size", "steps", "max_norm"],
@@ -192,6 +195,15 @@ def _check_positive(job_config: JobConfig) -> None:
             value = getattr(getattr(job_config, section), name)
             if not value > 0:
                 raise ConfigError(f"{section}.{name} = {value} must be positive")
+    if job_config.optimizer.name not in _OPTIMIZERS:
+        raise ConfigError(
+            f"optimizer.name {job_config.optimizer.name!r} is unknown to torchtitan: use one of "
+            f"{', '.join(_OPTIMIZERS)}"
+        )
+    if job_config.training.enable_cpu_offload and cpu_runtime.active():
+        raise UnsupportedError(
+            "training.enable_cpu_offload needs a GPU to offload from: leave it out"
+        )
     for section, name in (("optimizer", "lr"), ("lr_scheduler", "warmup_steps")):
         value = getattr(getattr(job_config, section), name)
         if not value >= 0:
@@ -207,9 +219,10 @@ def _check_tokenizer(model) -> None:
         )
     file = os.path.join(path, "tokenizer.json")
     if not os.path.isfile(file):
-        if not os.listdir(path):
-            raise ConfigError(f"model.hf_assets_path {path} is empty: no tokenizer.json is in it")
-        return  # torchtitan knows other kinds of files
+        if any(os.path.isfile(os.path.join(path, name)) for name in ("vocab.json", "vocab.txt")):
+            return  # torchtitan reads these, too
+        what = "holds no tokenizer" if os.listdir(path) else "is empty"
+        raise ConfigError(f"model.hf_assets_path {path} {what}: no tokenizer.json is in it")
     try:
         size = Tokenizer.from_file(file).get_vocab_size()
     except Exception as error:  # the tokenizers package raises no other class
@@ -240,7 +253,15 @@ def _check_dataset(section: str, settings) -> None:
         )
 
 
-def _check_checkpoint(checkpoint) -> None:
+def _check_checkpoint(checkpoint, dump_folder: str) -> None:
+    own = os.path.join(dump_folder, checkpoint.folder)
+    step = os.path.join(own, f"step-{checkpoint.load_step}")
+    if checkpoint.enable and checkpoint.load_step != -1 and not os.path.isdir(step):
+        there = sorted(os.listdir(own)) if os.path.isdir(own) else []
+        raise ConfigError(
+            f"checkpoint.load_step = {checkpoint.load_step}, and {step} is not there: use one of "
+            f"{', '.join(there) or 'another run (this one has none)'}, or -1 for the newest"
+        )
     path = checkpoint.initial_load_path
     if not path:
         return
@@ -250,8 +271,17 @@ def _check_checkpoint(checkpoint) -> None:
             "set it, or drop the path"
         )
     # Paths of other file systems (s3://..) are left to torchtitan.
-    if "://" not in path and not os.path.isdir(path):
+    if "://" in path:
+        return
+    if not os.path.isdir(path):
         raise ConfigError(f"checkpoint.initial_load_path {path} is not there")
+    steps = [name for name in os.listdir(path) if name.startswith("step-")]
+    if steps and not os.path.isfile(os.path.join(path, ".metadata")):
+        newest = max(steps, key=lambda name: (len(name), name))
+        raise ConfigError(
+            f"checkpoint.initial_load_path {path} holds checkpoints and is none: give one of them, "
+            f"such as {os.path.join(path, newest)}"
+        )
 
 
 def _check_profiling(profiling) -> None:

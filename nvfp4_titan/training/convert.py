@@ -87,6 +87,8 @@ def convert(
             a linear.
         UnsupportedError: the backend cannot run here.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"convert takes a model, an nn.Module, not {type(model).__name__}")
     rules = () if rules is None else rules
     if isinstance(rules, str):
         raise ConfigError(f"rules = {rules!r} must be a list of 'glob=recipe' strings")

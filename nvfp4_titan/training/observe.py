@@ -12,7 +12,7 @@ Of x and w no more than the sampled columns is kept for backward, found again by
 operand's codes. Everything is local: a shard of a tensor-parallel GEMM is compared with the same
 shard. It must run eagerly (a compiled graph would not call it).
 
-Sums, not ratios, are kept, so that microbatches and ranks add up (`telemetry.figures` makes ratios).
+Sums, not ratios, are kept, so that microbatches and ranks add up; `telemetry.figures` makes ratios.
 """
 
 from collections import defaultdict

@@ -78,6 +78,12 @@ CHECKED = {
     "unknown flavor": (["--model.flavor=9B"], "use one of debugmodel"),
     "unknown model": (["--model.name=llama9"], "is unknown"),
     "tokenizer that is not there": (["--model.hf_assets_path=/nowhere"], "is not there"),
+    "assets without a tokenizer": (["--model.hf_assets_path=/usr/bin"], "holds no tokenizer"),
+    "an optimizer that torchtitan lacks": (["--optimizer.name=SGD"], "use one of Adam, AdamW"),
+    "a step that is not there": (
+        ["--checkpoint.enable", "--checkpoint.load_step=77"],
+        "step-77 is not there: use one of another run",
+    ),
     "a load without checkpoints": (["--checkpoint.initial_load_path=/tmp"], "checkpoint.enable"),
     "a checkpoint that is not there": (
         ["--checkpoint.enable", "--checkpoint.initial_load_path=/nowhere"],
@@ -136,6 +142,28 @@ def test_torchtitan_profiles_gpus_alone(option, tmp_path, monkeypatch):
     monkeypatch.setattr(checks.cpu_runtime, "active", lambda: True)
     with pytest.raises(UserError, match=f"profiling.{option} needs a GPU"):
         preflight([f"--job.config_file={CONFIG}", f"--profiling.{option}"], 1)
+
+
+def test_offloading_needs_a_gpu(tmp_path, monkeypatch):
+    from nvfp4_titan.titan import checks
+    from nvfp4_titan.titan.trainer import preflight
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checks.cpu_runtime, "active", lambda: True)
+    with pytest.raises(UserError, match="enable_cpu_offload needs a GPU"):
+        preflight([f"--job.config_file={CONFIG}", "--training.enable_cpu_offload"], 1)
+
+
+def test_a_folder_of_checkpoints_is_no_checkpoint(tmp_path, monkeypatch):
+    from nvfp4_titan.titan.trainer import preflight
+
+    monkeypatch.chdir(tmp_path)
+    for step in (5, 10):
+        (tmp_path / "earlier" / f"step-{step}").mkdir(parents=True)
+    argv = [f"--job.config_file={CONFIG}", "--checkpoint.enable"]
+    with pytest.raises(UserError, match="give one of them, such as earlier/step-10"):
+        preflight([*argv, "--checkpoint.initial_load_path=earlier"], 1)
+    preflight([*argv, "--checkpoint.initial_load_path=earlier/step-5"], 1)
 
 
 def test_a_global_batch_must_divide_over_the_ranks(tmp_path, monkeypatch):

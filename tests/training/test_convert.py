@@ -82,6 +82,11 @@ def test_first_layers():
     assert "layers.1.wq" in report.kept and "layers.2.wq" in report.converted
 
 
+def test_what_is_no_model():
+    with pytest.raises(ConfigError, match="an nn.Module, not dict"):
+        convert({"weight": torch.zeros(32, 32)}, backend="reference")
+
+
 def test_no_rules_are_none_or_empty():
     models = nn.Sequential(nn.Linear(32, 32)), nn.Sequential(nn.Linear(32, 32))
     reports = [

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nvfp4_titan import convert
 from nvfp4_titan.distributed import amax_in_dtypes
 from nvfp4_titan.errors import ConfigError
-from nvfp4_titan.recipe import RECIPES
+from nvfp4_titan.recipe import RECIPES, GemmFormat, OperandFormat, Recipe
 from nvfp4_titan.training import (
     NVFP4Linear,
     grouped_mm,
@@ -109,6 +109,21 @@ def test_experts_taken_in_unusual_ways_are_the_same_tracked(take, keep):
         module(x, offs).square().sum().backward()
     assert torch.equal(plain(x, offs), tracked(x, offs))
     assert torch.equal(plain.w.grad, tracked.w.grad)
+
+
+def test_a_known_amax_is_not_that_of_a_transformed_weight():
+    turned = OperandFormat(rht=True)
+    recipe = Recipe(
+        "turned", GemmFormat(OperandFormat(), OperandFormat()), GemmFormat(turned, turned)
+    )
+    x, w = torch.randn(16, DIM), torch.randn(HIDDEN, DIM)
+    found = []
+    for amax in (None, amax_in_dtypes(w.abs().amax())):
+        x_, w_ = x.clone().requires_grad_(), w.clone().requires_grad_()
+        y = linear(x_, w_, recipe=recipe, backend="reference", weight_amax=amax)
+        y.square().sum().backward()
+        found.append((y, x_.grad, w_.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

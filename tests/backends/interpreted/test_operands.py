@@ -55,6 +55,13 @@ def test_an_amax_from_outside(special):
     check_quantize(x, SR, X_COLS, "cpu", amax=torch.tensor([0.25, 0.5]))
 
 
+def test_columns_of_a_wider_tensor():
+    """Whole tiles, whose width is compiled in, but rows that are further apart."""
+    x = draw((32, 64), torch.bfloat16)[:, :32]
+    check_quantize(x, X, X_COLS, "cpu")
+    check_quantize(x, W, SR_COLS, "cpu")
+
+
 def test_a_shard_counts_from_its_place():
     x = draw((20, 37), torch.bfloat16)
     check_quantize(x, SR, SR_COLS, "cpu", offset=(32, 48))
