@@ -77,6 +77,28 @@ def test_cases():
     assert kernels.written(None, 1600) == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_the_bytes_that_a_kernel_must_move(monkeypatch):
+    """Of bf16: 2 an element read, 2 written as values, 0.5625 packed; a copy moves 4."""
+    from nvfp4_titan.bench import kernels
+
+    monkeypatch.setattr(kernels.launch, "amax_triton", lambda *args: torch.zeros(args[-1]))
+    t = torch.zeros(64, 32, dtype=torch.bfloat16)
+    found = {
+        name: kernel.bytes / t.numel() for name, kernel in kernels.quantize_kernels(t, None).items()
+    }
+    assert found == {
+        "triton quantize x": 2 + 2 + 0.5625,
+        "triton quantize dy": 2 + 2 + 2,
+        "triton quantize w": 2 + 2 + 0.5625,
+        "triton amax x": 2,
+        "triton amax w": 2,
+        "triton unpack x": 2 + 0.5625,
+        "triton unpack w": 2 + 0.5625,
+    }
+    assert kernels._copy(t)["copy"].bytes == 4 * t.numel()
+
+
 @no_gpu
 @pytest.mark.parametrize("name", ["quantize", "linear", "train"])
 def test_scripts_say_that_they_need_a_gpu(name):

@@ -44,6 +44,12 @@ def test_a_full_disk_leaves_nothing(binary, shard_bytes, tmp_path):
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+def test_others_may_read_a_checkpoint(tmp_path):
+    """It is written in a temporary folder, which nobody else may enter."""
+    write(tmp_path / "whole")
+    assert (tmp_path / "whole").stat().st_mode & 0o777 == 0o755
+
+
 def test_an_error_within_leaves_nothing(tmp_path):
     with pytest.raises(KeyError), CheckpointWriter(tmp_path / "out") as writer:
         writer.add("w", torch.zeros(4))
