@@ -9,6 +9,7 @@ was last started, the lowest SQNR of each GEMM and the warnings.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -85,12 +86,19 @@ class NumericsLog:
             f"NVFP4 numerics: {len(self._warned)} warnings; lowest SQNR of the last observed "
             f"step:\n{format_worst(self._last)}"
         )
+        lowest = {f"{fqn} {what}": db for (fqn, what), db in self._lowest.items()}
+        last = {f"{fqn} {what}": values for (fqn, what), values in self._last.items()}
         content = {
             "warnings": list(self._warned.values()),
-            "lowest_sqnr_db": {f"{fqn} {what}": db for (fqn, what), db in self._lowest.items()},
-            "last": {f"{fqn} {what}": values for (fqn, what), values in self._last.items()},
+            "lowest_sqnr_db": _finite(lowest),
+            "last": {name: _finite(values) for name, values in last.items()},
         }
         (self._folder / NUMERICS_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _finite(figures: dict[str, float]) -> dict[str, float | None]:
+    """Figures as JSON has them: of a run that diverged some are NaN, which it has not."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def _forget_metadata_inference(pp_schedule, observer: Observer) -> None:

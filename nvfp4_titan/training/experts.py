@@ -158,10 +158,13 @@ class ExpertWeight(torch.Tensor):
             # Under inference_mode composite operations arrive whole.
             if func._can_decompose():
                 return func.decompose(*args, **(kwargs or {}))
+            # A checkpoint's second forward and a hook of the backward look alike from here.
+            hook = torch._C._current_graph_task_id() != -1
+            plain = " (in a hook read module._parameters[name], the plain weight)" if hook else ""
             raise UnsupportedError(
-                f"expert weights reached {func}, which has no NVFP4 form: use torch._grouped_mm, "
-                "torch.matmul or torch.nn.functional.linear, or keep these experts in high "
-                "precision with a rule or nvfp4.experts = false"
+                f"expert weights reached {func}, which has no NVFP4 form{plain}: use "
+                "torch._grouped_mm, torch.matmul or torch.nn.functional.linear, or keep these "
+                "experts in high precision with a rule or nvfp4.experts = false"
             )
         weight, *others = args  # these operations have one tensor, and have it first
         kwargs, options = kwargs or {}, weight.options

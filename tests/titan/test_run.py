@@ -51,8 +51,13 @@ def test_validation_and_record(train, single_rank):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, single_rank):
+    options = ("--training.steps=9", "--optimizer.lr=1e30", "--nvfp4.numerics_log_freq=1")
     with pytest.raises(DivergedError, match="lower optimizer.lr"):
-        train(*DEBUG, "--model.converters=nvfp4", "--training.steps=9", "--optimizer.lr=1e30")
+        train(*DEBUG, "--model.converters=nvfp4", *options)
+    # Its telemetry has figures that are none, which JSON has no name for.
+    text = (single_rank / "out" / "numerics.json").read_text()
+    last = json.loads(text, parse_constant=pytest.fail)["last"].values()
+    assert any(figure is None for figures in last for figure in figures.values())
 
 
 def test_a_gradient_that_is_not_finite_is_not_saved(train, single_rank, monkeypatch):

@@ -163,6 +163,14 @@ def waiting(monkeypatch):
     )
 
 
+def test_a_hook_of_the_backward_is_told_where_the_plain_weight_is():
+    experts, _, _ = converted()
+    y = experts(torch.randn(32, 32), COUNTS)
+    y.register_hook(lambda grad: experts.w1.norm() * 0 + grad)
+    with pytest.raises(UnsupportedError, match=r"in a hook read module\._parameters\[name\]"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("where", ["in another thread", "in the forward itself"])
 @torch.no_grad()
 def test_a_second_forward_that_ends_leaves_the_first_one_quantized(where, waiting):
