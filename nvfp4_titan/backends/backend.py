@@ -17,8 +17,6 @@ import torch
 
 from ..formats import NVFP4
 from ..numerics import QuantizedOperand
-from ..numerics import dequantize as dequantize_plain
-from ..numerics.grouped import dequantize_tokens
 from ..recipe import GEMMS, OperandFormat
 
 Operands = tuple[QuantizedOperand | None, QuantizedOperand | None]
@@ -178,15 +176,6 @@ class Dequantize(Protocol):
         """(..., K) x_hat of `dtype`; with offs of tokens in groups, where rows of none are 0."""
 
 
-def oracle_dequantize(
-    operand: QuantizedOperand, dtype: torch.dtype, offs: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`Dequantize` in plain PyTorch."""
-    if offs is None:
-        return dequantize_plain(operand, dtype)
-    return dequantize_tokens(operand, offs, dtype)
-
-
 class WeightShape(Protocol):
     """Reads a GEMM's size off a call of its op."""
 
@@ -222,7 +211,7 @@ class Backend:
     amax: Amax
     mm: MatMul
     wgrad: WeightGrad
+    dequantize: Dequantize
     gemm: GemmOp
     formats: frozenset[str] = frozenset({NVFP4.name})
-    dequantize: Dequantize = oracle_dequantize
     key_on_device: bool = False

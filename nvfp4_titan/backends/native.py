@@ -155,6 +155,7 @@ def _backend(name: str, mode: str) -> Backend:
         amax=partial(_amax, mode),
         mm=partial(_mm, mode),
         wgrad=partial(_wgrad, mode),
+        dequantize=REFERENCE.dequantize,
         gemm=GemmOp("nvfp4_titan::native_mm", _weight_shape),
         key_on_device=True,
     )

@@ -121,7 +121,7 @@ REFERENCE = Backend(
     amax=_amax,
     mm=_mm,
     wgrad=_wgrad,
+    dequantize=_dequantize,
     gemm=GemmOp("nvfp4_titan::reference_mm", _weight_shape),
     formats=frozenset(FORMATS),
-    dequantize=_dequantize,
 )

@@ -12,8 +12,10 @@ Formats travel as strings (`OperandFormat.parse`); "" stands for a use that nobo
 import torch
 
 from ..formats import BLOCK, NVFP4, BlockFormat
+from ..numerics import QuantizedOperand
+from ..numerics import dequantize as dequantize_plain
+from ..numerics.grouped import dequantize_tokens
 from ..numerics.quantize import (
-    QuantizedOperand,
     block_amaxes,
     block_indices,
     global_scale,
@@ -24,7 +26,6 @@ from ..numerics.quantize import (
     tensor_amax,
 )
 from ..recipe import FORMATS, OperandFormat
-from .backend import oracle_dequantize
 
 FIVE_TENSORS = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Codes and scales of the row use, of the column use, and the amaxes of both."""
@@ -121,9 +122,11 @@ def dequantize(
     dtype: torch.dtype,
     format: str,
 ) -> torch.Tensor:
-    """x_hat (..., size) of a row operand."""
+    """x_hat (..., size) of a row operand; with offs of tokens in groups."""
     operand = QuantizedOperand(codes, scale, amax, size, FORMATS[format])
-    return oracle_dequantize(operand, dtype, offs).contiguous()
+    if offs is None:
+        return dequantize_plain(operand, dtype).contiguous()
+    return dequantize_tokens(operand, offs, dtype).contiguous()
 
 
 @dequantize.register_fake

@@ -173,8 +173,8 @@ TRITON = Backend(
     amax=_amax,
     mm=_mm,
     wgrad=_wgrad,
+    dequantize=_dequantize,
     gemm=GemmOp("nvfp4_titan::triton_gemm", _weight_shape),
     formats=frozenset(FORMATS),
-    dequantize=_dequantize,
     key_on_device=True,
 )

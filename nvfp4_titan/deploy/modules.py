@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..recipe import GemmFormat, OperandFormat, Recipe
 from ..training import NVFP4Linear, Report, convert, untrack_weights
 from ..training.experts import WrappingExperts
-from ..training.linear import cast_input
+from ..training.linear import autocast_dtype, cast_input
 from .codecs import Codec, Encoded
 from .fake import fake_quantize, known
 from .recipes import DeployRecipe, get_deploy_recipe
@@ -87,8 +87,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N)."""
-        if torch.is_autocast_enabled(x.device.type):  # before x is rounded, as in training
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(autocast_dtype(x) or x.dtype)  # before it is rounded, as in training
         if self.recipe.activation is not None:
             with torch.no_grad():
                 x = self.recipe.activation.round_trip(x)

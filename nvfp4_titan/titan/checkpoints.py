@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import distributed
 from torch.distributed.checkpoint import FileSystemReader
+from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
 _MODEL_ONLY = "it holds the model alone, nothing to resume from"
@@ -48,6 +49,21 @@ def fault(folder: Path, *, resumable: bool = True) -> str | None:
     return None
 
 
+def checkpoint_folder(job_config: JobConfig) -> Path:
+    """Where a job saves, and resumes from."""
+    return Path(job_config.job.dump_folder, job_config.checkpoint.folder)
+
+
+def saved_steps(folder: Path) -> dict[int, Path]:
+    """Folders of checkpoints, whole or not, by their step; {} where the folder is not there."""
+    found = {}
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        match = _STEP.fullmatch(entry.name)
+        if match and entry.is_dir():
+            found[int(match[1])] = entry
+    return found
+
+
 def newest_whole_step(folder: Path, *, resumable: bool = True) -> tuple[int, list[str]]:
     """The newest step whose checkpoint is whole, and messages about the newer ones.
 
@@ -58,17 +74,12 @@ def newest_whole_step(folder: Path, *, resumable: bool = True) -> tuple[int, lis
     Returns:
         The step, -1 for none.
     """
-    steps = {}
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        match = _STEP.fullmatch(entry.name)
-        if match and entry.is_dir():
-            steps[int(match[1])] = entry
     messages = []
-    for step in sorted(steps, reverse=True):
-        reason = fault(steps[step], resumable=resumable)
+    for step, place in sorted(saved_steps(folder).items(), reverse=True):
+        reason = fault(place, resumable=resumable)
         if reason is None:
             return step, messages
-        messages.append(f"{steps[step]} is skipped: {reason}")
+        messages.append(f"{place} is skipped: {reason}")
     return -1, messages
 
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 from tokenizers import Tokenizer
 from torchtitan.config import JobConfig
@@ -13,6 +14,7 @@ from torchtitan.tools.logging import logger
 
 from ..errors import ConfigError, UnsupportedError
 from . import cpu_runtime
+from .checkpoints import checkpoint_folder, saved_steps
 from .converter import OURS, check_cuda_graphs, check_early_steps, check_settings, without_settings
 from .datasets import dataset_corpus
 from .qat import check_qat
@@ -31,6 +33,7 @@ def check(job_config: JobConfig, world_size: int) -> None:
         UnsupportedError: something this machine cannot do.
     """
     dims = check_shape(job_config, world_size)
+    _check_optimizer(job_config.optimizer.name)
     check_cuda_graphs(job_config, dims)
     if set(OURS) & set(job_config.model.converters):
         check_early_steps(job_config, dims)
@@ -43,8 +46,9 @@ def check(job_config: JobConfig, world_size: int) -> None:
     _check_dataset("training", job_config.training)
     if job_config.validation.enable:
         _check_dataset("validation", job_config.validation)
-    _check_checkpoint(job_config.checkpoint, job_config.job.dump_folder)
+    _check_checkpoint(job_config)
     _check_profiling(job_config.profiling)
+    _check_device(job_config)
     _check_folder(job_config.job.dump_folder)
 
 
@@ -68,6 +72,30 @@ _TYPES = {
         lambda v: isinstance(v, list) and all(isinstance(item, str) for item in v),
     ),
 }
+
+
+_OPTIMIZERS = ("Adam", "AdamW")
+
+
+def _check_optimizer(name: str) -> None:
+    if name not in _OPTIMIZERS:
+        raise ConfigError(
+            f"optimizer.name {name!r} is unknown to torchtitan: use one of {', '.join(_OPTIMIZERS)}"
+        )
+
+
+_OF_GPUS = {
+    ("training", "enable_cpu_offload"): "needs a GPU to offload from",
+    ("profiling", "enable_profiling"): "needs a GPU, whose kernels torchtitan records",
+    ("profiling", "enable_memory_snapshot"): "needs a GPU, whose memory torchtitan records",
+}
+"""Settings that torchtitan fails with on a CPU."""
+
+
+def _check_device(job_config: JobConfig) -> None:
+    for (section, name), why in _OF_GPUS.items():
+        if getattr(getattr(job_config, section), name) and cpu_runtime.active():
+            raise UnsupportedError(f"{section}.{name} {why}: leave it out")
 
 
 def _check_types(section, path: str = "") -> None:
@@ -180,9 +208,6 @@ def _check_sizes(job_config: JobConfig, data_parallel: int) -> None:
         )
 
 
-_OPTIMIZERS = ("Adam", "AdamW")
-
-
 def _check_positive(job_config: JobConfig) -> None:
     wanted = {
         "training": ["seq_len", "local_batch_size", "steps", "max_norm"],
@@ -195,15 +220,6 @@ def _check_positive(job_config: JobConfig) -> None:
             value = getattr(getattr(job_config, section), name)
             if not value > 0:
                 raise ConfigError(f"{section}.{name} = {value} must be positive")
-    if job_config.optimizer.name not in _OPTIMIZERS:
-        raise ConfigError(
-            f"optimizer.name {job_config.optimizer.name!r} is unknown to torchtitan: use one of "
-            f"{', '.join(_OPTIMIZERS)}"
-        )
-    if job_config.training.enable_cpu_offload and cpu_runtime.active():
-        raise UnsupportedError(
-            "training.enable_cpu_offload needs a GPU to offload from: leave it out"
-        )
     for section, name in (("optimizer", "lr"), ("lr_scheduler", "warmup_steps")):
         value = getattr(getattr(job_config, section), name)
         if not value >= 0:
@@ -253,14 +269,14 @@ def _check_dataset(section: str, settings) -> None:
         )
 
 
-def _check_checkpoint(checkpoint, dump_folder: str) -> None:
-    own = os.path.join(dump_folder, checkpoint.folder)
-    step = os.path.join(own, f"step-{checkpoint.load_step}")
-    if checkpoint.enable and checkpoint.load_step != -1 and not os.path.isdir(step):
-        there = sorted(os.listdir(own)) if os.path.isdir(own) else []
+def _check_checkpoint(job_config: JobConfig) -> None:
+    checkpoint, own = job_config.checkpoint, checkpoint_folder(job_config)
+    there = saved_steps(own)
+    if checkpoint.enable and checkpoint.load_step not in (-1, *there):
+        known = ", ".join(map(str, sorted(there))) or "another run (this one has none)"
         raise ConfigError(
-            f"checkpoint.load_step = {checkpoint.load_step}, and {step} is not there: use one of "
-            f"{', '.join(there) or 'another run (this one has none)'}, or -1 for the newest"
+            f"checkpoint.load_step = {checkpoint.load_step}, and {own}/step-{checkpoint.load_step} "
+            f"is not there: use one of {known}, or -1 for the newest"
         )
     path = checkpoint.initial_load_path
     if not path:
@@ -275,12 +291,11 @@ def _check_checkpoint(checkpoint, dump_folder: str) -> None:
         return
     if not os.path.isdir(path):
         raise ConfigError(f"checkpoint.initial_load_path {path} is not there")
-    steps = [name for name in os.listdir(path) if name.startswith("step-")]
-    if steps and not os.path.isfile(os.path.join(path, ".metadata")):
-        newest = max(steps, key=lambda name: (len(name), name))
+    inside = saved_steps(Path(path))
+    if inside and not os.path.isfile(os.path.join(path, ".metadata")):
         raise ConfigError(
             f"checkpoint.initial_load_path {path} holds checkpoints and is none: give one of them, "
-            f"such as {os.path.join(path, newest)}"
+            f"such as {inside[max(inside)]}"
         )
 
 
@@ -292,12 +307,6 @@ def _check_profiling(profiling) -> None:
             f"profiler_warmup = {profiling.profiler_warmup} and profiler_active = "
             f"{profiling.profiler_active} steps"
         )
-    for name in ("enable_profiling", "enable_memory_snapshot"):
-        if getattr(profiling, name) and cpu_runtime.active():
-            raise UnsupportedError(
-                f"profiling.{name} needs a GPU, whose kernels and memory torchtitan records: leave "
-                "it out"
-            )
 
 
 def _check_folder(folder: str) -> None:

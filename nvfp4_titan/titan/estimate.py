@@ -151,13 +151,17 @@ def estimate(
 
     Raises:
         ConfigError: a model, sizes or degrees that cannot be used.
-        UnsupportedError: pipeline or context parallelism, or a GPU in sight.
+        UnsupportedError: pipeline or context parallelism, CPU offload, or a GPU in sight.
     """
     p = job_config.parallelism
     if p.pipeline_parallel_degree > 1 or p.context_parallel_degree > 1:
         raise UnsupportedError(
             "estimates cover data, tensor and expert parallelism: set pipeline_parallel_degree and "
             "context_parallel_degree to 1"
+        )
+    if job_config.training.enable_cpu_offload:
+        raise UnsupportedError(
+            "estimates know a GPU's memory alone: leave training.enable_cpu_offload out"
         )
     if not cpu_runtime.active():
         raise UnsupportedError("an estimate must see no GPU: set CUDA_VISIBLE_DEVICES=''")

@@ -20,7 +20,7 @@ from ..errors import ConfigError, DivergedError
 from ..toml import read_toml
 from ..training.schedule import FormatSchedule
 from . import activation_checkpoint, cpu_runtime, record
-from .checkpoints import choose_step, newest_whole_step
+from .checkpoints import checkpoint_folder, choose_step, newest_whole_step
 from .checks import check
 from .converter import (
     OURS,
@@ -85,7 +85,7 @@ class NVFP4Trainer(Trainer):
         Raises:
             ConfigError: the checkpoint to start from cannot be read.
         """
-        checkpoint, folder = self.job_config.checkpoint, _checkpoints(self.job_config)
+        checkpoint, folder = self.job_config.checkpoint, checkpoint_folder(self.job_config)
         if checkpoint.enable and checkpoint.load_step == -1:
             checkpoint.load_step = choose_step(folder)
         try:
@@ -206,10 +206,6 @@ class NVFP4Trainer(Trainer):
         return self.job_config.validation.enable and self.validator.should_validate(step)
 
 
-def _checkpoints(job_config: JobConfig) -> Path:
-    return Path(job_config.job.dump_folder, job_config.checkpoint.folder)
-
-
 def _has_steps_left(job_config: JobConfig) -> bool:
     """Whether a run goes on from its newest checkpoint: if not, its record stays as it is.
 
@@ -218,7 +214,7 @@ def _has_steps_left(job_config: JobConfig) -> bool:
     """
     if not job_config.checkpoint.enable:
         return True
-    saved, _ = newest_whole_step(_checkpoints(job_config))
+    saved, _ = newest_whole_step(checkpoint_folder(job_config))
     if saved > 0:
         record.check_text(job_config)
     return saved < job_config.training.steps

@@ -34,15 +34,22 @@ DEFAULT_KEY = key_tensor(0, "")
 """The SR key of calls and modules without a name."""
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives x; None where it is off."""
+    device = x.device.type
+    enabled = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
+
+
 def cast_input(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """X in the dtype that it is multiplied in: autocast's where that is enabled, else w's own.
 
     Raises:
         ConfigError: without autocast, x and w of two dtypes.
     """
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        return x.to(dtype)
     if x.dtype != w.dtype:
         raise ConfigError(f"x is {x.dtype} and w is {w.dtype}: cast one, or use torch.autocast")
     return x

@@ -276,6 +276,10 @@ def test_what_is_not_estimated_is_refused(tmp_path):
     with pytest.raises(UnsupportedError, match="set pipeline_parallel_degree"):
         estimate(job, 2)
     job.parallelism.pipeline_parallel_degree = 1
+    job.training.enable_cpu_offload = True
+    with pytest.raises(UnsupportedError, match="leave training.enable_cpu_offload out"):
+        estimate(job, 2)
+    job.training.enable_cpu_offload = False
     job.parallelism.tensor_parallel_degree = 3
     with pytest.raises(ConfigError, match="the job has 4 processes"):
         estimate(job, 4)
