@@ -27,7 +27,7 @@ USES = {
         launch.Use(square=False, sr=True, rht=False, packed=False, values=True),
         launch.Use(square=False, sr=True, rht=True, packed=False, values=True),
     ),
-    "w": (launch.Use(square=True, sr=False, rht=False, packed=True, values=True), None),
+    "w": (launch.Use(square=True, sr=False, rht=False, packed=False, values=True), None),
 }
 """What the recipe writes of each tensor (training/functions.py)."""
 
@@ -44,8 +44,12 @@ def written(use: launch.Use | None, elements: int) -> int:
     """Bytes that a use of so many elements writes."""
     if use is None:
         return 0
-    packed = elements // 2 + elements // BLOCK
-    return packed * use.packed + 2 * elements * use.values
+    return packed_bytes(elements) * use.packed + 2 * elements * use.values
+
+
+def packed_bytes(elements: int) -> int:
+    """Bytes of so many elements' codes and block scales."""
+    return elements // 2 + elements // BLOCK
 
 
 def quantize_kernels(t: torch.Tensor, offs: torch.Tensor | None) -> dict[str, Kernel]:
@@ -87,7 +91,8 @@ def quantize_kernels(t: torch.Tensor, offs: torch.Tensor | None) -> dict[str, Ke
         def unpack(operand=(codes, scale), values=values, along_rows=along_rows, amax=amax):
             launch.unpack_triton(*operand, amax[0], values, slots, along_rows, NVFP4)
 
-        kernels[f"triton unpack {name}"] = Kernel(unpack, written(USES["w"][0], elements))
+        moved = packed_bytes(elements) + 2 * elements
+        kernels[f"triton unpack {name}"] = Kernel(unpack, moved)
     return kernels
 
 

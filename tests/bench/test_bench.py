@@ -90,7 +90,7 @@ def test_the_bytes_that_a_kernel_must_move(monkeypatch):
     assert found == {
         "triton quantize x": 2 + 2 + 0.5625,
         "triton quantize dy": 2 + 2 + 2,
-        "triton quantize w": 2 + 2 + 0.5625,
+        "triton quantize w": 2 + 2,
         "triton amax x": 2,
         "triton amax w": 2,
         "triton unpack x": 2 + 0.5625,
