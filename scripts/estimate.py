@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     cpu_runtime.install()
     # Imports torchtitan, which must see the CPU runtime.
     from nvfp4_titan.titan.estimate import compare, format_table
-    from nvfp4_titan.titan.record import source_commit
+    from nvfp4_titan.version import source_commit
 
     if arguments.output:
         check_writable(arguments.output)

@@ -7,13 +7,13 @@ Without such a GPU the stand-ins run: that shows what will be checked, nothing a
 Exit status: 0 if every check passed, else 1.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
 import tyro
 
 from nvfp4_titan.bench.blackwell import Target, report, verify
+from nvfp4_titan.version import source_commit
 
 
 def main(stand_in: bool = False, output: Path | None = None) -> int:
@@ -23,12 +23,10 @@ def main(stand_in: bool = False, output: Path | None = None) -> int:
         stand_in: Run the stand-ins on a Blackwell GPU, too.
         output: File to write the report to as well.
     """
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     target = Target.current(stand_in)
     print("Rows as they are found (minutes: kernels are compiled), then the report.", flush=True)
     checks = verify(target, announce=lambda row: print(row, flush=True))
-    text = report(target, checks, commit)
+    text = report(target, checks, source_commit() or "unknown")
     print(f"\n{text}", end="")
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)

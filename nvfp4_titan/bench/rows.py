@@ -8,7 +8,6 @@ one case only; above 1 is faster than the control.
 import json
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..command import result_file
+from ..version import source_commit
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,12 @@ class Environment:
     @staticmethod
     def current() -> "Environment":
         """This process's; device is the current GPU."""
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True)
         return Environment(
             device=torch.cuda.get_device_name(),
             torch=torch.__version__,
             triton=version("triton"),
             python=platform.python_version(),
-            commit=commit.stdout.strip() or "unknown",
+            commit=source_commit() or "unknown",
             command=shlex.join(sys.argv),
         )
 

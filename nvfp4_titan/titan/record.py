@@ -2,7 +2,6 @@
 
 import json
 import platform
-import subprocess
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,7 +17,7 @@ from torchtitan.tools import utils
 
 from ..errors import ConfigError
 from ..training import Report
-from ..version import __version__
+from ..version import __version__, source_commit
 from . import corpus
 from .datasets import dataset_corpus
 
@@ -162,20 +161,6 @@ def _energy(model_parts: list[nn.Module]) -> float:
     local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
     sums = [p.double().square().sum().cpu() for p in local if p.device.type != "meta"]
     return float(torch.stack(sums).sum()) if sums else 0.0
-
-
-def source_commit() -> str | None:
-    """Git commit of this source tree, with "-dirty" where tracked files differ from it."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    git = ["git", "-C", str(root)]
-    done = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    if done.returncode:
-        return None
-    status = [*git, "status", "--porcelain", "--untracked-files=no"]
-    changed = subprocess.run(status, capture_output=True, text=True).stdout.strip()
-    return done.stdout.strip() + ("-dirty" if changed else "")
 
 
 def _remove(job_config, *names: str) -> None:
