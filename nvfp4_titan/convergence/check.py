@@ -95,7 +95,6 @@ class Plan:
             "--metrics.disable_color_printing",
             "--checkpoint.enable",
             f"--checkpoint.interval={self.checkpoint_interval}",
-            "--checkpoint.folder=checkpoint",
             "--checkpoint.keep_latest_k=2",
         )
         folder = self.folder / f"{variant.name}_seed{seed}"

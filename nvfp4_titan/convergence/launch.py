@@ -77,6 +77,7 @@ class Job:
             *self.options,
             *self.machine_options,
             f"--job.dump_folder={self.folder}",
+            f"--checkpoint.folder={_CHECKPOINTS}",
             "--metrics.enable_tensorboard",
             "--metrics.save_tb_folder=tb",
         ]
@@ -98,12 +99,15 @@ class Job:
         content = read_request(self.folder)
         if not content.get("finished"):
             return False
-        if differing := self.differing(content):
+        self._check_same(content, "finished")
+        return True
+
+    def _check_same(self, asked: dict, state: str) -> None:
+        if differing := self.differing(asked):
             raise ConfigError(
-                f"{self.folder} holds a finished run with other {', '.join(differing)}: remove it, "
+                f"{self.folder} holds a {state} run with other {', '.join(differing)}: remove it, "
                 "use another folder, or ask for the same"
             )
-        return True
 
     def differing(self, asked: dict) -> list[str]:
         """What a request.json asks for that this job does not; options may come in any order."""
@@ -111,8 +115,8 @@ class Job:
         parts = {"config_sha256": "contents of the TOML", "ngpu": "NGPU"}
         found = [what for key, what in parts.items() if asked.get(key) != request[key]]
         given, own = settings(asked.get("options", ())), settings(self.options)
-        # How often a run was saved is nothing of what came of it.
-        names = {**given, **own}.keys() - {"checkpoint.interval"}
+        # How often and where a run was saved is nothing of what came of it.
+        names = {**given, **own}.keys() - {"checkpoint.interval", "checkpoint.folder"}
         options = sorted(name for name in names if given.get(name) != own.get(name))
         return found + [f"--{name}" for name in options]
 
@@ -129,7 +133,7 @@ class Job:
                 it raises has the job save and stop.
 
         Raises:
-            ConfigError: the job failed.
+            ConfigError: the job failed, or another one's run is in its folder.
             OutOfTime: it was told to stop at the deadline.
         """
         if not self.finished():
@@ -150,9 +154,14 @@ class Job:
         return run
 
     def _prepare(self) -> None:
-        """Keep what can be gone on with; else begin with an empty folder."""
-        saved = self.folder.glob(f"{_CHECKPOINTS}/step-*")
-        if self.differing(read_request(self.folder)) or not any(saved):
+        """Keep what can be gone on with; else begin with an empty folder.
+
+        Raises:
+            ConfigError: another run could be gone on with there.
+        """
+        if any(self.folder.glob(f"{_CHECKPOINTS}/step-*")):
+            self._check_same(read_request(self.folder), "half-finished")
+        else:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         _write_request(self.folder, self.request())

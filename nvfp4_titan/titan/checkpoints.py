@@ -1,5 +1,7 @@
 """Which checkpoint a run resumes from: the newest whole one, and a message for each that is not.
 
+And what to do where one cannot be read or saved.
+
 torchtitan takes the newest `step-N` with a `.metadata` file. DCP writes that file last, so a save
 that was cut off is passed over in silence, and a folder whose data files were lost or cut later is
 taken and fails. Here every file that the metadata names is checked for its length first.
@@ -8,12 +10,18 @@ taken and fails. Here every file that the metadata names is checked for its leng
 import os
 import pickle
 import re
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 from torch import distributed
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
+
+from ..errors import ConfigError
 
 _MODEL_ONLY = "it holds the model alone, nothing to resume from"
 _STEP = re.compile(r"step-(\d+)")
@@ -103,6 +111,62 @@ def choose_step(folder: Path) -> int:
             logger.warning(f"No checkpoint is whole: {folder} is now {aside}, the run starts anew")
     distributed.broadcast_object_list(found, src=0)
     return found[0]
+
+
+def explain_failures(checkpointer: CheckpointManager, folder: Path) -> None:
+    """Have a checkpointer raise ConfigError, naming what to do, where it cannot load or save.
+
+    Args:
+        checkpointer: torchtitan's, changed in place.
+        folder: The run's checkpoint folder.
+    """
+    load = checkpointer.load
+
+    @wraps(load)
+    def explained_load(*args, **kwargs) -> bool:
+        try:
+            return load(*args, **kwargs)
+        except (CheckpointException, EOFError, pickle.UnpicklingError, AssertionError) as error:
+            reason = _reason(error)
+            if "dataloader." in reason or "dp_degree" in reason:
+                raise ConfigError(
+                    "the checkpoint has the data's place for another number of data-parallel ranks "
+                    f"({reason}): add --checkpoint.exclude_from_loading=dataloader, which begins "
+                    "the data anew"
+                ) from error
+            if isinstance(error, AssertionError):
+                raise
+            raise ConfigError(
+                f"a checkpoint cannot be read ({reason}): check that "
+                "checkpoint.initial_load_path or checkpoint.load_step names a whole one of this "
+                f"model (those of this run are in {folder})"
+            ) from error
+
+    def explained(save: Callable) -> Callable:
+        @wraps(save)
+        def explained_save(*args, **kwargs) -> None:
+            try:
+                save(*args, **kwargs)
+            except (CheckpointException, OSError) as error:
+                raise ConfigError(
+                    f"a checkpoint cannot be saved in {folder} ({_reason(error)}): make room "
+                    "there, or name another checkpoint.folder; the same command goes on from the "
+                    "last whole one"
+                ) from error
+
+        return explained_save
+
+    checkpointer.load = explained_load
+    checkpointer.save = explained(checkpointer.save)
+    # Where an asynchronous save that failed is found, by the next save or at the end.
+    checkpointer._async_wait = explained(checkpointer._async_wait)
+
+
+def _reason(error: BaseException) -> str:
+    """First line of what was wrong; of ranks' errors, that of the first."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _unused(folder: Path) -> Path:

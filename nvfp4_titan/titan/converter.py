@@ -17,7 +17,42 @@ from ..training.report import EXPERTS
 from . import activation_checkpoint, record
 
 
-class NVFP4Converter(ModelConverter):
+class Converter(ModelConverter):
+    """What the converters share: what FSDP, experts, CUDA graphs and the optimizer ask for.
+
+    Raises:
+        UnsupportedError: a combination that quantized weights or gradients do not survive.
+    """
+
+    report: Report | None = None
+    title = ""
+    """Before its report in the log."""
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
+        self.job_config = job_config
+        check_cuda_graphs(job_config, parallel_dims)
+        check_early_steps(job_config, parallel_dims)
+        self.frees_weights = frees_weights(job_config, parallel_dims)
+        activation_checkpoint.install()
+
+    def settle(self, model: nn.Module, report: Report) -> None:
+        """Finish the conversion of a model, and print and write its report once."""
+        self.report = report
+        if self.frees_weights:
+            keep_no_codes(model)
+        if _has_converted_experts(report):
+            align_token_groups()
+        if not distributed.is_initialized() or distributed.get_rank() == 0:
+            logger.info(f"{self.title}{report}")
+            record.write_conversion(self.job_config, report)
+
+    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """The weights changed: take their amaxes again, where they are tracked."""
+        for part in model if isinstance(model, list) else [model]:
+            refresh_weights(part)
+
+
+class NVFP4Converter(Converter):
     """Converts linears (and experts) of the model as the [nvfp4] section says.
 
     Raises:
@@ -25,17 +60,11 @@ class NVFP4Converter(ModelConverter):
         UnsupportedError: the backend, or a parallelism that NVFP4 layers do not support.
     """
 
-    report: Report | None = None
-
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
-        self.job_config = job_config
         check_settings(job_config)
-        check_cuda_graphs(job_config, parallel_dims)
-        check_early_steps(job_config, parallel_dims)
+        super().__init__(job_config, parallel_dims)
         self.settings = job_config.nvfp4
-        self.frees_weights = frees_weights(job_config, parallel_dims)
         self.keeps_weights = _keeps_weights(job_config, parallel_dims)
-        activation_checkpoint.install()
         logs = ["numerics_log_freq"] if self.settings.numerics_log_freq else []
         for name in [*_changes(self.settings), *logs]:
             if not self.settings.trainer_knows_step:
@@ -47,7 +76,7 @@ class NVFP4Converter(ModelConverter):
 
     def convert(self, model: nn.Module) -> None:
         """Convert in place and print the report once."""
-        self.report = convert_by_settings(model, self.settings)
+        report = convert_by_settings(model, self.settings)
         check_gathers(model, self.job_config)
         track_weights(
             model,
@@ -55,18 +84,7 @@ class NVFP4Converter(ModelConverter):
             keep_weights=self.keeps_weights,
             keep_codes=self.settings.keep_weights != "never",
         )
-        if self.frees_weights:
-            keep_no_codes(model)
-        if has_converted_experts(self.report):
-            align_token_groups()
-        if not distributed.is_initialized() or distributed.get_rank() == 0:
-            logger.info(f"{self.report}")
-            record.write_conversion(self.job_config, self.report)
-
-    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """The weights changed: take their amaxes again."""
-        for part in model if isinstance(model, list) else [model]:
-            refresh_weights(part)
+        self.settle(model, report)
 
 
 def frees_weights(job_config: JobConfig, parallel_dims: ParallelDims) -> bool:
@@ -192,7 +210,7 @@ def check_gathers(model: nn.Module, job_config: JobConfig) -> None:
         )
 
 
-def has_converted_experts(report: Report) -> bool:
+def _has_converted_experts(report: Report) -> bool:
     """Whether any routed expert runs quantized."""
     return any(entry.converted and entry.kind == EXPERTS for entry in report.entries)
 

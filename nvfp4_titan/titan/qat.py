@@ -3,65 +3,43 @@
 from torch import distributed, nn
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.protocols.model_converter import ModelConverter
 from torchtitan.tools.logging import logger
 
 from ..deploy import get_deploy_recipe, prepare
 from ..errors import ConfigError, UnsupportedError
-from ..training import Report, keep_no_codes, refresh_weights, track_weights
-from . import activation_checkpoint, record
-from .converter import (
-    align_token_groups,
-    check_early_steps,
-    frees_weights,
-    has_converted_experts,
-    without_settings,
-)
+from ..training import Report, track_weights
+from .converter import Converter, without_settings
 from .families import FAMILIES, FUSED
 
 
-class QATConverter(ModelConverter):
+class QATConverter(Converter):
     """Prepares linears (and experts) of the model for a deploy recipe.
 
     Raises:
         ConfigError: a setting that cannot be used, or the nvfp4 converter beside this one.
-        UnsupportedError: tensor parallelism with a recipe of codecs.
+        UnsupportedError: tensor parallelism with a recipe of codecs, or what no converter supports.
     """
 
-    report: Report | None = None
+    title = "QAT: "
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims):
-        self.job_config = job_config
         check_qat(job_config)
-        check_early_steps(job_config, parallel_dims)
-        self.frees_weights = frees_weights(job_config, parallel_dims)
-        activation_checkpoint.install()
+        super().__init__(job_config, parallel_dims)
 
     def convert(self, model: nn.Module) -> None:
         """Prepare in place and print the report once."""
-        self.report = prepare_by_settings(model, self.job_config.qat)
-        if get_deploy_recipe(self.job_config.qat.recipe).gemm is not None:
-            shared = FUSED if self.job_config.qat.share_scales else ()
-            track_weights(model, shared=shared)
-        if self.frees_weights:
-            keep_no_codes(model)
-        if has_converted_experts(self.report):
-            align_token_groups()
-        if not distributed.is_initialized() or distributed.get_rank() == 0:
-            logger.info(f"QAT: {self.report}")
-            if (name := self.job_config.model.name) not in (family.name for family in FAMILIES):
-                logger.warning(
-                    f"finalize.py will not read {name}: export it by torchtitan's own Hugging Face "
-                    "checkpoints, and quantize it elsewhere"
-                )
-            record.write_conversion(self.job_config, self.report)
-
-    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """The weights changed: take their amaxes again, where recipes track them."""
-        if get_deploy_recipe(self.job_config.qat.recipe).gemm is None:
-            return
-        for part in model if isinstance(model, list) else [model]:
-            refresh_weights(part)
+        settings = self.job_config.qat
+        report = prepare_by_settings(model, settings)
+        if get_deploy_recipe(settings.recipe).gemm is not None:
+            track_weights(model, shared=FUSED if settings.share_scales else ())
+        self.settle(model, report)
+        name = self.job_config.model.name
+        first = not distributed.is_initialized() or distributed.get_rank() == 0
+        if first and name not in (family.name for family in FAMILIES):
+            logger.warning(
+                f"finalize.py will not read {name}: export it by torchtitan's own Hugging Face "
+                "checkpoints, and quantize it elsewhere"
+            )
 
 
 def prepare_by_settings(model: nn.Module, settings) -> Report:

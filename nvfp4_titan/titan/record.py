@@ -28,8 +28,11 @@ PACKAGES = ("torch", "torchtitan", "torchao", "triton", "datasets", "tokenizers"
 
 
 def clear(job_config) -> None:
-    """Remove what an earlier start in the same dump folder said of itself: it may not fit this."""
-    _remove(job_config, FILE, CONVERSION_FILE)
+    """Remove what an earlier start in the same dump folder converted: it may not fit this one.
+
+    Its record stays until `write` puts this one's in its place: a start may die before.
+    """
+    _remove(job_config, CONVERSION_FILE)
 
 
 def clear_outcomes(job_config) -> None:
@@ -49,7 +52,13 @@ def check_text(job_config) -> None:
     path = Path(job_config.job.dump_folder, FILE)
     if not path.is_file():
         return
-    earlier, training = json.loads(path.read_text()), job_config.training
+    try:
+        earlier, training = json.loads(path.read_text()), job_config.training
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is damaged, so nobody can tell what text its run began with: remove it to go "
+            "on all the same"
+        ) from error
     anew = "or train anew in another job.dump_folder"
     tokenizer = _tokenizer_sha256(job_config)
     if earlier["tokenizer_sha256"] != tokenizer:
@@ -176,7 +185,9 @@ def _version(package: str) -> str | None:
 
 
 def _write(job_config, name: str, content: dict) -> Path:
+    """Write a file whole or not at all."""
     path = Path(job_config.job.dump_folder) / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2))
-    return path
+    unfinished = path.with_name(f".{name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=2))
+    return unfinished.replace(path)

@@ -1,7 +1,6 @@
 """torchtitan's Trainer on any device: early checks, what the CPU needs, the run's record."""
 
 import os
-import pickle
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import distributed
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.tools.logging import logger
@@ -20,7 +18,7 @@ from ..errors import ConfigError, DivergedError
 from ..toml import read_toml
 from ..training.schedule import FormatSchedule
 from . import activation_checkpoint, cpu_runtime, record
-from .checkpoints import checkpoint_folder, choose_step, newest_whole_step
+from .checkpoints import checkpoint_folder, choose_step, explain_failures, newest_whole_step
 from .checks import check
 from .converter import (
     OURS,
@@ -83,11 +81,12 @@ class NVFP4Trainer(Trainer):
         """Train, from the newest whole checkpoint; then record how tokens spread over experts.
 
         Raises:
-            ConfigError: the checkpoint to start from cannot be read.
+            ConfigError: a checkpoint cannot be read or saved.
         """
         checkpoint, folder = self.job_config.checkpoint, checkpoint_folder(self.job_config)
         if checkpoint.enable and checkpoint.load_step == -1:
             checkpoint.load_step = choose_step(folder)
+        explain_failures(self.checkpointer, folder)
         try:
             with self.stop if self.saves else nullcontext():
                 super().train()
@@ -96,20 +95,6 @@ class NVFP4Trainer(Trainer):
         except DivergedError:
             self._finish_saving()
             raise
-        except (CheckpointException, EOFError, pickle.UnpicklingError, AssertionError) as error:
-            if "dataloader." in (reason := _reason(error)) or "dp_degree" in reason:
-                raise ConfigError(
-                    "the checkpoint has the data's place for another number of data-parallel ranks "
-                    f"({reason}): add --checkpoint.exclude_from_loading=dataloader, which begins "
-                    "the data anew"
-                ) from error
-            if isinstance(error, AssertionError):
-                raise
-            raise ConfigError(
-                f"a checkpoint cannot be read ({reason}): check that "
-                "checkpoint.initial_load_path or checkpoint.load_step names a whole one of this "
-                f"model (those of this run are in {folder})"
-            ) from error
         finally:
             self.numerics.close()  # of a training that diverges, too
         if distributed.get_rank() == 0 and (self.steps_done or self._validates(self.step)):
@@ -326,10 +311,3 @@ def _load_toml(argv: list[str]) -> dict:
         if key in _CONFIG_FILE_KEYS:
             path = value if equals else next(iter(argv[i + 1 :]), "")
     return {} if path is None else read_toml(Path(path))
-
-
-def _reason(error: BaseException) -> str:
-    """First line of what was wrong; of ranks' errors, that of the first."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -64,6 +64,21 @@ def test_a_damaged_request_loses_nothing(job):
     assert (job.folder / "checkpoint" / "step-500").is_dir()
 
 
+def test_another_jobs_half_finished_run_is_kept(job):
+    saved = job.folder / "checkpoint" / "step-500"
+    saved.mkdir(parents=True)
+    (job.folder / REQUEST).write_text(json.dumps(job.request()))
+    other = replace(job, options=(*job.options, "--metrics.log_freq=1"))
+    with pytest.raises(ConfigError, match=r"half-finished run with other --metrics\.log_freq: "):
+        other.run()
+    assert saved.is_dir()
+
+
+def test_checkpoints_lie_where_they_are_looked_for(job):
+    job.config.write_text(job.config.read_text() + "[checkpoint]\nfolder = 'elsewhere'\n")
+    assert "--checkpoint.folder=checkpoint" in job.command()
+
+
 def test_a_request_that_could_not_be_written(job, monkeypatch):
     """The disk was full; with room again the run begins."""
     (job.folder / REQUEST).rename(job.folder / f"{REQUEST}.unfinished")

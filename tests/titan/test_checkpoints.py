@@ -151,3 +151,15 @@ def test_a_checkpoint_asked_for_by_name_must_be_whole(train, single_rank):
     truncate(single_rank / "out" / "checkpoint" / "step-2")
     with pytest.raises(ConfigError, match="names a whole one"):
         train(*FOUR_STEPS, NVFP4, "--checkpoint.load_step=2")
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_save_that_fails_says_so(train, single_rank, mode):
+    """Not that a checkpoint cannot be read; what was saved before stays whole."""
+    folder = single_rank / "out" / "checkpoint"
+    folder.mkdir(parents=True)
+    (folder / "step-2").touch()  # where a folder must be made
+    argv = (*FOUR_STEPS, NVFP4, "--checkpoint.interval=1", f"--checkpoint.async_mode={mode}")
+    with pytest.raises(ConfigError, match=r"cannot be saved in .*step-2.*: make room there"):
+        train(*argv)
+    assert newest_whole_step(folder)[0] == 1

@@ -334,6 +334,21 @@ def test_qat_settings_are_checked(train):
         train("--training.steps=1", "--model.converters=qat", "--qat.skip=nothing")
 
 
+def test_qat_is_refused_what_no_converter_survives(single_rank):
+    """Started as `-m torchtitan.train`, where a converter's checks are all there are."""
+    from torch._inductor import config as inductor
+
+    from nvfp4_titan.titan.qat import QATConverter
+    from nvfp4_titan.titan.sharding import parallel_dims
+    from nvfp4_titan.titan.trainer import parse
+
+    job = parse([*SMALL_RUN, f"--job.config_file={CONFIG}", "--model.converters=qat",
+                 "--qat.recipe=nvfp4", "--compile.enable", "--training.global_batch_size=8",
+                 "--training.local_batch_size=1"])  # fmt: skip
+    with inductor.patch("triton.cudagraphs", True), pytest.raises(UnsupportedError, match="graphs"):
+        QATConverter(job, parallel_dims(job, 1))
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_qat_keeps_no_codes_of_weights_that_fsdp_frees(ranks, single_rank):
     """Whole ones would undo the sharding; gradients are the same without."""

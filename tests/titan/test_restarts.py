@@ -5,14 +5,16 @@ import os
 import shutil
 import signal
 import time
+from unittest.mock import Mock
 
 import pytest
+import torch
 from support import FOUR_STEPS, logged_losses, logged_scalars
 from torch.distributed.checkpoint import FileSystemWriter
 
 from nvfp4_titan.errors import ConfigError, DivergedError
 from nvfp4_titan.scalars import VALIDATION_LOSS
-from nvfp4_titan.titan import corpus
+from nvfp4_titan.titan import corpus, record
 from nvfp4_titan.titan.checkpoints import newest_whole_step
 from nvfp4_titan.titan.trainer import NVFP4Trainer
 
@@ -163,10 +165,19 @@ def test_a_run_resumes_on_its_own_text_alone(train, single_rank, monkeypatch):
         train(*argv, f"--training.dataset_path={moved}", folder="other")
 
 
-def test_a_run_resumes_with_its_own_tokenizer_alone(train, single_rank):
+def test_a_run_resumes_with_its_own_tokenizer_alone(train, single_rank, monkeypatch):
     train(*STEPS, "--training.steps=2")
+    # A start that dies on its way leaves the record of the run that it was to go on with.
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(record, "write", Mock(side_effect=MemoryError))
+        train(*STEPS)
+    torch.distributed.destroy_process_group()
     other = shutil.copytree(corpus.tokenizer_path(), single_rank / "tokenizer")
     file = other / "tokenizer.json"
     file.write_text(file.read_text() + "\n")
     with pytest.raises(ConfigError, match=r"another tokenizer .* model\.hf_assets_path"):
         train(*STEPS, f"--model.hf_assets_path={other}")
+    written = single_rank / "out" / "run_record.json"
+    written.write_text(written.read_text()[:100])
+    with pytest.raises(ConfigError, match=r"run_record\.json is damaged.*remove it to go on"):
+        train(*STEPS)
