@@ -10,6 +10,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..recipe import Recipe
 from .backend import Backend, OperandUse, any_scaled, stream
 from .native import NATIVE, NATIVE_SOFTWARE_SR
+from .native_layout import plain_operand
 from .reference import REFERENCE
 from .triton import TRITON
 
@@ -20,6 +21,7 @@ __all__ = [
     "Backend",
     "OperandUse",
     "any_scaled",
+    "plain_operand",
     "resolve",
     "stream",
 ]

@@ -12,11 +12,13 @@ Source: torch's `aten/src/ATen/native/cuda/GroupedBlas.cpp` (checks of shapes) a
 `f4f4bf16_grouped`, set_grouped_gemm_args_kernel (where a group's operands start).
 """
 
+from dataclasses import replace
+
 import torch
 
 from ..formats import BLOCK
-from ..numerics import from_blocked, to_blocked
-from ..numerics.grouped import blocked_rows, padded_ends, padded_rows
+from ..numerics import QuantizedOperand, from_blocked, to_blocked
+from ..numerics.grouped import blocked_rows, padded_ends, padded_rows, plain_token_scale
 from ..numerics.layout import TILE_ROWS, blocked_shape
 
 PAD = 64
@@ -110,6 +112,49 @@ def _padded_groups(
         new_scale[begin : begin + padded * part.shape[1]] = to_blocked(part)
         start, new_start = end, new_end
     return new_codes, new_scale.view(dtype)
+
+
+def plain_operand(
+    operand: QuantizedOperand, offs: torch.Tensor | None, columns: bool
+) -> QuantizedOperand:
+    """A packed operand as the oracle has it, whatever layout its backend keeps; to look into it.
+
+    The inverse of `from_oracle`. With groups of columns it waits for the device.
+
+    Args:
+        operand: With codes.
+        offs: Group ends of tokens.
+        columns: Whether it is a column operand.
+    """
+    codes, scale = operand.codes, operand.block_scale
+    if scale.dim() == codes.dim():
+        return operand
+    if offs is None:
+        scale = operand.plain_scale
+    elif columns:
+        return replace(operand, **_plain_groups(operand, offs))
+    else:
+        scale = plain_token_scale(operand, offs)
+    blocks = -(-operand.K // BLOCK)
+    return replace(
+        operand, codes=codes[..., : blocks * BLOCK // 2], block_scale=scale[..., :blocks]
+    )
+
+
+def _plain_groups(operand: QuantizedOperand, offs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Inverse of `_padded_groups`."""
+    rows, slots = operand.codes.shape[0], padded_rows(operand.K, offs.shape[0], BLOCK)
+    codes = operand.codes.new_zeros((rows, slots // 2))
+    scale = torch.zeros((rows, slots // BLOCK), dtype=torch.uint8, device=codes.device)
+    start = kept_start = 0
+    ends = zip(padded_ends(offs, BLOCK).tolist(), slot_ends(offs).tolist(), strict=True)
+    for end, kept_end in ends:
+        pair = operand.codes, operand.block_scale.view(torch.uint8)
+        group_codes, group_scale = group_of_columns(*pair, kept_start, kept_end)
+        codes[:, start // 2 : end // 2] = group_codes[:, : (end - start) // 2]
+        scale[:, start // BLOCK : end // BLOCK] = group_scale[:, : (end - start) // BLOCK]
+        start, kept_start = end, kept_end
+    return {"codes": codes, "block_scale": scale.view(operand.block_scale.dtype)}
 
 
 def group_of_columns(

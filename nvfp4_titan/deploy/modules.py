@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..backends import OperandUse, stream
+from ..backends import OperandUse, plain_operand, stream
 from ..distributed import GatheredWeight, amax_in_dtypes, amax_of_uses
 from ..errors import ConfigError
 from ..recipe import GemmFormat, OperandFormat, Recipe
@@ -210,9 +210,10 @@ def _coded(
     use = OperandUse(recipe.fprop.right, stream("fprop", "right"))
     known = None if amax is None else amax_of_uses(amax, weight.dtype)
     operand, _ = backend.quantize(weight.contiguous(), use, None, amax=known)
+    operand = plain_operand(operand, None, columns=False)
     return GatheredWeight(
-        operand.codes,
-        operand.block_scale,
+        operand.codes.contiguous(),
+        operand.block_scale.contiguous(),
         operand.amax if operand.amax is None else amax_in_dtypes(operand.amax),
         _rowwise(recipe).fprop.right,
         weight.shape,

@@ -254,7 +254,7 @@ def dequantize_tokens(
     Returns:
         (M, K) of `dtype`; rows of no group are 0.
     """
-    values = scaled_values(operand.codes, _plain_scale(operand, offs), fmt=operand.format)
+    values = scaled_values(operand.codes, plain_token_scale(operand, offs), fmt=operand.format)
     rows = torch.arange(values.shape[0], device=offs.device)
     group = torch.searchsorted(offs.to(torch.int64), rows, right=True)
     scale = operand.global_scale
@@ -265,7 +265,7 @@ def dequantize_tokens(
     return values[:, : operand.K].to(dtype)
 
 
-def _plain_scale(operand: QuantizedOperand, offs: torch.Tensor) -> torch.Tensor:
+def plain_token_scale(operand: QuantizedOperand, offs: torch.Tensor) -> torch.Tensor:
     """(M, Kp / block) scales of tokens in groups, whatever layout they are kept in."""
     if operand.block_scale.dim() == operand.codes.dim():
         return operand.block_scale

@@ -57,8 +57,6 @@ from .trainer import parse
 _COMPILER = "aot_eager_decomp_partition"
 """Inductor without its code: its decompositions, and what its partitioner keeps for backward."""
 _ADAMW_STATES = 2
-_GATHERS = 2
-"""Of a weight in a step: for the forward and, where FSDP frees it in between, for the backward."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +103,8 @@ def compare(config: Path, world_size: int, options: Sequence[str]) -> dict[str, 
     if "model.converters" in settings(options):
         raise ConfigError("--model.converters is set for each row: leave it out")
     jobs = [parse([f"--job.config_file={config}", *options, variant]) for variant in VARIANTS]
+    if jobs[-1].nvfp4.recipe == CONTROL:
+        raise ConfigError(f"nvfp4.recipe = {CONTROL!r} converts nothing: it is the row above")
     return {
         # The control has no converter, whatever recipe is set.
         job.nvfp4.recipe if job.model.converters else CONTROL: estimate(job, world_size)
@@ -365,5 +365,7 @@ def _fp4_savings(model: nn.Module) -> int | None:
         elements = weight.local.numel() * (weight.fsdp_ranks - 1)
         format = recipe.fprop.right
         codes = format.format.scale_dtype.itemsize / (format.block[0] * format.block[1]) + 0.5
-        saved += _GATHERS * elements * (weight.fsdp.mp_policy.param_dtype.itemsize - codes)
+        # For the forward and, where FSDP frees it in between, for the backward.
+        gathers = 1 + (weight.fsdp.post_forward_mesh_info is not None)
+        saved += gathers * elements * (weight.fsdp.mp_policy.param_dtype.itemsize - codes)
     return round(saved)

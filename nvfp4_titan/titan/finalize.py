@@ -352,7 +352,7 @@ def _card(source: Source, options: FinalizeOptions, config: dict, sizes: dict[st
         "",
         f"- recipe: `{options.recipe}`",
         f"- layout: {config.get('quantization_config', {}).get('format', 'torch .bin')}",
-        f"- source: {source.path.parent.parent.name or source.path.name}, {steps}",
+        f"- source: {(source.run or source.path).resolve().name}, {steps}",
         f"- trained with: {trained}",
         f"- quantized linears: {len(config[OWN_KEY]['quantized'])}, {sizes['quantized']:,} bytes",
         f"- the same in bf16: {sizes['quantized_as_bf16']:,} bytes",

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..backends import Backend, OperandUse, stream
+from ..backends import Backend, OperandUse, plain_operand, stream
 from ..distributed.tensor_parallel import first_index
 from ..numerics import QuantizedOperand, dequantize, rht
 from ..numerics.grouped import group_layout
@@ -312,7 +312,7 @@ def operand_sums(
         transposed: Whether the contraction runs along the dim before t's last.
         offs: Group ends of tokens.
     """
-    fmt = operand.format
+    fmt, operand = operand.format, plain_operand(operand, offs, transposed)
     plain, scale = _sampled(t, transposed, offs, operand)
     rows = _spread(operand.codes.shape[-2])
     codes, block_scale = (

@@ -8,6 +8,7 @@ from support import relative_error
 from torch import nn
 
 from nvfp4_titan import convert
+from nvfp4_titan.backends.native import STAND_IN
 from nvfp4_titan.deploy import DEPLOY_RECIPES, DeployRecipe, convert_prepared, prepare
 from nvfp4_titan.deploy.modules import FakeQuantizedLinear
 from nvfp4_titan.errors import ConfigError
@@ -49,6 +50,18 @@ def test_prepared_equals_converted(recipe, bias, dtype):
     unquantized = model(bias, dtype)
     unquantized.load_state_dict(plain.state_dict())
     assert not torch.equal(y, unquantized(x))
+
+
+def test_prepared_equals_converted_in_native_layouts():
+    """Padded (the second linear's 96), with blocked scales."""
+    prepared = nn.ModuleDict({"dense": model(True, torch.bfloat16), "experts": Experts(size=48)})
+    prepare(prepared, "nvfp4", backend=STAND_IN)
+    converted = copy.deepcopy(prepared)
+    convert_prepared(converted, torch.bfloat16)
+    x, offs = torch.randn(24, K, dtype=torch.bfloat16), torch.tensor([5, 5, 24], dtype=torch.int32)
+    assert torch.equal(prepared["dense"](x), converted["dense"](x))
+    x = x[:, :48].contiguous()
+    assert torch.equal(prepared["experts"](x, offs), converted["experts"](x, offs))
 
 
 @pytest.mark.parametrize("recipe", DEPLOY_RECIPES)

@@ -136,6 +136,7 @@ def _check_qat(folder, run):
     assert "model.layers.0.self_attn.q_proj" in config["quantization_config"]["ignore"]
     card = (out / "README.md").read_text()
     assert "trained with: qat, recipe nvfp4" in card and "validation loss of the run" in card
+    assert f"source: {run.name}, step-" in card
     assert "trained with: qat, recipe nvfp4, in float32: its codes were others" in card
     weights = dict(Source(run).weights())
     finalize(run, folder / "as_trained", replace(options, dtype="float32"))

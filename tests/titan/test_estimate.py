@@ -153,11 +153,21 @@ def test_estimates_are_what_runs_measure(measured, name, tmp_path):
             assert found["traffic"].get(kind, 0) == traffic.get(kind, 0)
 
 
-@pytest.mark.parametrize(("recipe", "share"), [("mxfp8", 1.0), ("nvfp4", 0.7)])
-def test_a_recipe_that_gathers_no_codes_saves_nothing(recipe, share, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("recipe", "share", "options"),
+    [
+        ("mxfp8", 1.0, ()),
+        ("nvfp4", 0.7, ()),
+        # Gathered once: as much is saved of half the bytes.
+        ("nvfp4", 0.7, ("--parallelism.fsdp_reshard_after_forward=never",)),
+    ],
+)
+def test_a_recipe_that_gathers_no_codes_saves_nothing(
+    recipe, share, options, tmp_path, monkeypatch
+):
     from nvfp4_titan.titan.estimate import estimate
 
-    monkeypatch.setitem(JOBS, "one", ("llama3", (f"--nvfp4.recipe={recipe}",)))
+    monkeypatch.setitem(JOBS, "one", ("llama3", (f"--nvfp4.recipe={recipe}", *options)))
     found = estimate(config("one", tmp_path), WORLD, device="cpu")
     assert 0.2 * share < found.fp4_all_gather / found.traffic["all_gather"] <= share
     assert (found.fp4_all_gather == found.traffic["all_gather"]) == (recipe == "mxfp8")
@@ -301,6 +311,8 @@ def test_the_rows_are_the_estimates_own():
 
     with pytest.raises(ConfigError, match="set for each row"):
         compare(CONFIGS / "llama3_debug.toml", 2, ["--model.converters", "qat"])
+    with pytest.raises(ConfigError, match="'bf16' converts nothing"):
+        compare(CONFIGS / "llama3_debug.toml", 2, ["--nvfp4.recipe=bf16"])
     for option, message in (("model.flavor=9B", "flavor"), ("training.seq_len=0", "positive")):
         with pytest.raises(ConfigError, match=message):
             compare(CONFIGS / "llama3_debug.toml", 2, [f"--{option}"])

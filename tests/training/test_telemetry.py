@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nvfp4_titan import convert
 from nvfp4_titan.backends import BACKENDS
+from nvfp4_titan.backends.native import STAND_IN
 from nvfp4_titan.training import functions
 from nvfp4_titan.training.observe import Observer, add_up
 from nvfp4_titan.training.telemetry import figures, format_worst, insane, worst
@@ -110,6 +111,21 @@ def test_figures_are_those_of_the_whole_tensors(monkeypatch):
     values = found["0.weight", "fprop/x"]
     assert values["zeros"] == pytest.approx((magnitudes == 0).float().mean().item(), abs=1e-6)
     assert values["saturated"] == pytest.approx((magnitudes == 7).float().mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_layouts_of_the_native_gemms_are_read(grouped):
+    """Padded, with blocked scales: the same figures."""
+    found = []
+    for backend in (REFERENCE, STAND_IN):
+        torch.manual_seed(0)
+        model = Model(grouped)
+        convert(model, backend=backend, bf16_last_fraction=0)
+        found.append(observe(model))
+    reference, native = found
+    assert reference.keys() == native.keys()
+    for what, values in reference.items():
+        assert native[what] == pytest.approx(values, rel=1e-3, abs=1e-4), what
 
 
 def test_a_missing_transform_on_one_operand(monkeypatch):
