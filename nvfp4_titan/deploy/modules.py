@@ -17,8 +17,9 @@ from torch import nn
 from ..backends import OperandUse, plain_operand, stream
 from ..distributed import GatheredWeight, amax_in_dtypes, amax_of_uses
 from ..errors import ConfigError
-from ..recipe import GemmFormat, OperandFormat, Recipe
-from ..training import NVFP4Linear, Report, convert, untrack_weights
+from ..recipe import GemmFormat, OperandFormat, Recipe, Selection, parse_rules
+from ..training import NVFP4Linear, Report, untrack_weights
+from ..training.convert import choose, swap
 from ..training.experts import WrappingExperts
 from ..training.linear import autocast_dtype, cast_input
 from .codecs import Codec, Encoded
@@ -124,34 +125,24 @@ def prepare(
         if isinstance(module, FakeQuantizedLinear | QuantizedLinear):
             raise ConfigError(f"{fqn} was prepared before: prepare a model once")
     # Who is converted, and every error of that choice, are those of the training converter.
-    stand_in = recipe.gemm or Recipe(
-        recipe.name, fprop=GemmFormat(OperandFormat(), OperandFormat()), dequantized=True
+    quantized = recipe.gemm or Recipe(
+        recipe.name, fprop=GemmFormat(OperandFormat(), OperandFormat())
     )
-    report = convert(
-        model,
-        recipe=stand_in,
-        rules=[f"{glob}=bf16" for glob in skip if glob],
-        bf16_last_fraction=0.0,
-        experts=experts and recipe.experts,
-        backend=backend if recipe.gemm else "reference",
-    )
-    chosen = set(report.converted)
-    for fqn, module in model.named_modules():
-        if fqn in chosen and isinstance(module, NVFP4Linear):
-            recipe.weight.check(module.in_features, fqn)
-            if recipe.gemm is None:
-                _fake_quantize(module, recipe)
-    entries = (replace(e, recipe=recipe.name) if e.converted else e for e in report.entries)
-    return replace(report, entries=tuple(entries))
-
-
-def _fake_quantize(module: NVFP4Linear, recipe: DeployRecipe) -> None:
-    for name in ("recipe", "backend", "key", "weight_amaxes"):
-        del module.__dict__[name]
-    for codec in filter(None, (recipe.weight, recipe.activation)):
-        known(codec)
-    module.__class__ = FakeQuantizedLinear
-    module.deploy_recipe = recipe
+    rules = parse_rules([f"{glob}=bf16" for glob in skip if glob])
+    selection = Selection(quantized, rules, bf16_last_fraction=0.0)
+    chosen = choose(model, selection, experts and recipe.experts)
+    for fqn, module in chosen.linears().items():
+        recipe.weight.check(module.in_features, fqn)
+    if recipe.gemm is not None:
+        swap(chosen, backend)
+    else:
+        for codec in filter(None, (recipe.weight, recipe.activation)):
+            known(codec)
+        for module in chosen.linears().values():
+            module.__class__ = FakeQuantizedLinear
+            module.deploy_recipe = recipe
+    entries = (replace(e, recipe=recipe.name) if e.converted else e for e in chosen.report.entries)
+    return replace(chosen.report, entries=tuple(entries))
 
 
 @torch.no_grad()

@@ -87,8 +87,6 @@ def convert(
             a linear.
         UnsupportedError: the backend cannot run here.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"convert takes a model, an nn.Module, not {type(model).__name__}")
     rules = () if rules is None else rules
     if isinstance(rules, str):
         raise ConfigError(f"rules = {rules!r} must be a list of 'glob=recipe' strings")
@@ -103,10 +101,50 @@ def convert(
         weights_2d,
         tensor_scale,
     )
+    chosen = choose(model, selection, experts)
+    swap(chosen, backend, seed)
+    return chosen.report
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What of a model is to be converted, before anything of it is.
+
+    Attributes:
+        sites: What multiplies by a weight.
+        choices: The choice for each of them.
+        report: What a user is told.
+    """
+
+    sites: list[_Site]
+    choices: list[Choice]
+    report: Report
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """The linears to convert by FQN, one of their names each."""
+        pairs = zip(self.sites, self.choices, strict=True)
+        chosen = [s for s, choice in pairs if s.kind == LINEAR and choice.recipe.quantized]
+        names = {site.module: site.names[0] for site in reversed(chosen)}
+        return {name: module for module, name in names.items()}
+
+
+def choose(model: nn.Module, selection: Selection, experts: bool) -> Chosen:
+    """Choose what of a model is converted; nothing of it changes.
+
+    Args:
+        model: As `convert` takes it.
+        selection: What decides.
+        experts: Whether routed experts are converted too.
+
+    Raises:
+        ConfigError: as of `convert`.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"convert takes a model, an nn.Module, not {type(model).__name__}")
     _check_model(model)
     sites = _linears(model) + _experts(model)
     blocks = _blocks(model, sites)
-    if bf16_first_layers and not blocks:
+    if selection.bf16_first_layers and not blocks:
         raise ConfigError(
             "bf16_first_layers needs a model with numbered blocks (a ModuleList or ModuleDict): "
             "name its first linears in rules instead"
@@ -122,11 +160,12 @@ def convert(
             f"high precision ({reasons or 'there are none'}): loosen these, or drop the converter"
             + "".join(f"; {note}" for note in notes)
         )
-    _swap(sites, choices, backend, seed)
-    return report
+    return Chosen(sites, choices, report)
 
 
-def _swap(sites: list[_Site], choices: list[Choice], backend: str | Backend, seed: int) -> None:
+def swap(chosen: Chosen, backend: str | Backend, seed: int = 0) -> None:
+    """Convert what was chosen, in place; arguments and errors as of `convert`."""
+    sites, choices = chosen.sites, chosen.choices
     used = {choice.recipe for choice in choices if choice.recipe.quantized}
     backends = {recipe: resolve(backend, recipe) for recipe in used}
     linears: dict[nn.Module, Recipe] = {}

@@ -249,3 +249,12 @@ def test_one_module_is_not_converted_twice():
     convert(trained)
     with pytest.raises(ConfigError, match="was converted before"):
         prepare(trained, "int8_act_int4_weight")
+
+
+def test_an_error_leaves_the_model_as_it_was():
+    layers = nn.Sequential(nn.Linear(128, 96), nn.Linear(96, 128))
+    with pytest.raises(ConfigError, match="1.*add its name to skip"):
+        prepare(layers, "int4_weight_only")
+    assert [type(layer) for layer in layers] == [nn.Linear, nn.Linear]
+    prepare(layers, "int4_weight_only", skip=["1"])
+    assert [type(layer) for layer in layers] == [FakeQuantizedLinear, nn.Linear]
