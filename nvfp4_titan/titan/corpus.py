@@ -21,7 +21,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def pysource_roots() -> list[str]:
     return sorted(roots - {os.path.realpath(os.getcwd())})
 
 
-def build(name: str, roots: Iterable[str]) -> Corpus:
+def build(name: str, roots: Sequence[str]) -> Corpus:
     """The corpus of the Python files under `roots`, made now or taken from the cache.
 
     Args:

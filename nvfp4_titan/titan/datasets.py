@@ -6,7 +6,8 @@ was made before (of the cache, or copied from another machine's).
 """
 
 import os
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 from datasets import Dataset
 from torchtitan.hf_datasets import DatasetConfig
@@ -19,14 +20,25 @@ _ROOTS = {"stdlib": corpus.stdlib_roots, "pysource": corpus.pysource_roots}
 
 
 def dataset_corpus(dataset: str, path: str | None) -> corpus.Corpus | None:
-    """The corpus behind a dataset name of ours; None for torchtitan's own datasets."""
+    """The corpus behind a dataset name of ours; None for torchtitan's own datasets.
+
+    A process goes by what it saw of the files first: looking at all of them takes a second or two.
+    """
     name = dataset.lower().removesuffix("_validation")
     if name not in _ROOTS:
         return None
     if path is None or path == _built_in(name):
-        return corpus.build(name, _ROOTS[name]())
-    folder = os.path.expanduser(path)
-    return corpus.made(folder) if corpus.is_made(folder) else corpus.build("folder", [folder])
+        return _built(name, tuple(_ROOTS[name]()), corpus.cache_root())
+    folder = os.path.abspath(os.path.expanduser(path))
+    if corpus.is_made(folder):
+        return corpus.made(folder)
+    return _built("folder", (folder,), corpus.cache_root())
+
+
+@cache
+def _built(name: str, roots: tuple[str, ...], cache_root: Path) -> corpus.Corpus:
+    """The corpus of Python files, which lies under `cache_root`."""
+    return corpus.build(name, roots)
 
 
 def _built_in(name: str) -> str:

@@ -29,11 +29,13 @@ def single_rank(monkeypatch, tmp_path):
 @pytest.fixture
 def train(single_rank):
     """A function that trains in this process and returns the logged losses by step."""
+    from nvfp4_titan.titan import datasets
     from nvfp4_titan.titan.trainer import run
 
     do_not_sleep()
 
     def start(*argv: str, folder: str = "out") -> dict[int, float]:
+        datasets._built.cache_clear()  # a run is a process of its own
         run([*SMALL_RUN, *argv, f"--job.dump_folder={single_rank / folder}"])
         return logged_losses(single_rank / folder)
 

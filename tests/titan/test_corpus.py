@@ -188,3 +188,12 @@ def test_stdlib_and_tokenizer():
 def test_pysource_holds_more_than_the_stdlib():
     roots = corpus.pysource_roots()
     assert corpus.stdlib_roots()[0] in roots and len(roots) > 1
+
+
+def test_a_process_looks_at_its_files_once(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("a = 1\n")
+    (tmp_path / "b.py").write_text("b = 1\n")
+    first = dataset_corpus("stdlib", str(tmp_path))
+    (tmp_path / "c.py").write_text("c = 1\n")
+    monkeypatch.chdir(tmp_path.parent)
+    assert dataset_corpus("stdlib_validation", tmp_path.name) == first
