@@ -133,16 +133,17 @@ def prepare(
     chosen = choose(model, selection, experts and recipe.experts)
     for fqn, module in chosen.linears().items():
         recipe.weight.check(module.in_features, fqn)
+    report = chosen.report
     if recipe.gemm is not None:
-        swap(chosen, backend)
+        report = swap(chosen, backend)
     else:
         for codec in filter(None, (recipe.weight, recipe.activation)):
             known(codec)
         for module in chosen.linears().values():
             module.__class__ = FakeQuantizedLinear
             module.deploy_recipe = recipe
-    entries = (replace(e, recipe=recipe.name) if e.converted else e for e in chosen.report.entries)
-    return replace(chosen.report, entries=tuple(entries))
+    entries = (replace(e, recipe=recipe.name) if e.converted else e for e in report.entries)
+    return replace(report, entries=tuple(entries))
 
 
 @torch.no_grad()

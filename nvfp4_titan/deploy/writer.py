@@ -101,6 +101,8 @@ class CheckpointWriter:
         names = [f"{stem}-{i + 1:05d}-of-{count:05d}.{suffix}" for i in range(count)]
         names = names if count > 1 else [f"{stem}.{suffix}"]
         for i, name in enumerate(names):
+            # safetensors writes for its user alone; who serves a model may be another.
+            os.chmod(self.folder / f"shard-{i}", 0o644)
             (self.folder / f"shard-{i}").rename(self.folder / name)
         if count > 1:
             index = {

@@ -3,6 +3,7 @@
 import os
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from tokenizers import Tokenizer
 from torchtitan.config import JobConfig
@@ -106,6 +107,9 @@ def _check_types(section, path: str = "") -> None:
             if not is_dataclass(value):
                 raise ConfigError(f"{name} = {value!r} must be a section: [{name}]")
             _check_types(value, f"{name}.")
+        elif get_origin(field.type) is Literal:
+            if value not in get_args(field.type):
+                raise ConfigError(f"{name} = {value!r} must be one of {get_args(field.type)}")
         elif field.type in _TYPES:
             wanted, fits = _TYPES[field.type]
             if not fits(value):

@@ -65,6 +65,8 @@ class NVFP4Converter(Converter):
         super().__init__(job_config, parallel_dims)
         self.settings = job_config.nvfp4
         self.keeps_weights = _keeps_weights(job_config, parallel_dims)
+        if self.settings.keep_weights == "always" and parallel_dims.fsdp_enabled:
+            _warn_of_sharded_weights(self.settings)
         logs = ["numerics_log_freq"] if self.settings.numerics_log_freq else []
         for name in [*_changes(self.settings), *logs]:
             if not self.settings.trainer_knows_step:
@@ -103,6 +105,15 @@ def _keeps_weights(job_config: JobConfig, parallel_dims: ParallelDims) -> bool:
     if setting != "auto":
         return setting == "always"
     return _has_microbatches(job_config, parallel_dims)
+
+
+def _warn_of_sharded_weights(settings) -> None:
+    first = not distributed.is_initialized() or distributed.get_rank() == 0
+    if first and not settings.fp4_all_gather:
+        logger.warning(
+            "nvfp4.keep_weights = 'always' keeps nothing of weights that FSDP shards: set "
+            "nvfp4.fp4_all_gather = true, whose shards are kept in codes"
+        )
 
 
 def _has_microbatches(job_config: JobConfig, parallel_dims: ParallelDims) -> bool:

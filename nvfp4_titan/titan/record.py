@@ -130,6 +130,7 @@ def write_conversion(job_config, report: Report) -> Path:
     """Write the conversion's report beside the run's record, as `conversion.json`."""
     content = {
         "flops_share": report.flops_share,
+        "backends": report.backends,
         "entries": [asdict(entry) for entry in report.entries],
     }
     return _write(job_config, CONVERSION_FILE, content)

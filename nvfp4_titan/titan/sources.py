@@ -239,10 +239,16 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
         raise ConfigError(f"{path} is not a folder: give a run, a checkpoint or a model")
     if (path / record.FILE).is_file():
         folder = path / _json(path / record.FILE)["config"]["checkpoint"]["folder"]
-        step, _ = checkpoints.newest_whole_step(folder, resumable=False)
-        if step >= 0:
-            return folder / f"step-{step}", path
-        raise ConfigError(f"{folder} has no whole checkpoint: train with checkpoint.enable = true")
+        steps = checkpoints.saved_steps(folder)
+        if not steps:
+            raise ConfigError(f"{folder} has no checkpoint: train with checkpoint.enable = true")
+        newest = steps[max(steps)]
+        if reason := checkpoints.fault(newest, resumable=False):
+            raise ConfigError(
+                f"{newest} is not whole: {reason}. Resume the run, which saves it again, or give "
+                "the folder of an older step"
+            )
+        return newest, path
     if (path / "config.json").is_file():
         return path, None
     for parent in list(path.parents)[:2]:

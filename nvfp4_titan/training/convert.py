@@ -6,7 +6,7 @@ or a conversion that converts nothing, is an error; everything left alone is in 
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -102,8 +102,7 @@ def convert(
         tensor_scale,
     )
     chosen = choose(model, selection, experts)
-    swap(chosen, backend, seed)
-    return chosen.report
+    return swap(chosen, backend, seed)
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,8 @@ def choose(model: nn.Module, selection: Selection, experts: bool) -> Chosen:
     return Chosen(sites, choices, report)
 
 
-def swap(chosen: Chosen, backend: str | Backend, seed: int = 0) -> None:
-    """Convert what was chosen, in place; arguments and errors as of `convert`."""
+def swap(chosen: Chosen, backend: str | Backend, seed: int = 0) -> Report:
+    """Convert what was chosen, in place; arguments, result and errors as of `convert`."""
     sites, choices = chosen.sites, chosen.choices
     used = {choice.recipe for choice in choices if choice.recipe.quantized}
     backends = {recipe: resolve(backend, recipe) for recipe in used}
@@ -187,6 +186,8 @@ def swap(chosen: Chosen, backend: str | Backend, seed: int = 0) -> None:
             )
     for module, recipes in experts.items():
         convert_experts(module, recipes, backends, first_names[module][1], seed)
+    names = tuple(sorted({backend.name for backend in backends.values()}))
+    return replace(chosen.report, backends=names)
 
 
 def _agreed(sites: list[_Site], choices: list[Choice]) -> list[Choice]:

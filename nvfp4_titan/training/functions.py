@@ -316,11 +316,30 @@ def _quantize_weight(
     return _quantize(backend, w, *uses, key, None, place, amax_of_uses(amax, w.dtype))
 
 
+_GROUPED_MULTIPLE = 8
+"""torch._grouped_mm wants rows to begin at 16 bytes, of two-byte elements 8."""
+
+
+def torch_grouped_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    """torch._grouped_mm of any sizes: (M, K) by (E, K, N), or a transposed (N, M) by (M, K)."""
+    of_tokens = b.dim() == 2
+    n, rows = b.shape[-1], a.shape[0]
+    more = -n % _GROUPED_MULTIPLE
+    left = -(rows if of_tokens else a.shape[1]) % _GROUPED_MULTIPLE
+    if not (more or left):
+        return torch._grouped_mm(a, b, offs=offs)
+    pad = torch.nn.functional.pad
+    if of_tokens:
+        padded = pad(a.mT, (0, left)).mT, pad(b, (0, more))
+        return torch._grouped_mm(*padded, offs=offs)[:, :rows, :n]
+    return torch._grouped_mm(pad(a, (0, left)), pad(b, (0, more, 0, left)), offs=offs)[:, :n]
+
+
 def _high_precision_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None) -> torch.Tensor:
     """Multiply a @ b, group by group with offs: (M, K) by (E, K, N), or (N, M) by (M, K)."""
     if offs is None:
         return a @ b
-    y = torch._grouped_mm(a, b, offs=offs)
+    y = torch_grouped_mm(a, b, offs)
     if b.dim() == 2:
         return y
     # torch leaves rows of no group undefined.

@@ -6,7 +6,7 @@ from ..backends import Backend, resolve
 from ..distributed import GemmShards
 from ..errors import ConfigError
 from ..recipe import Recipe, get_recipe
-from .functions import KeptWeight, QuantizedGemm
+from .functions import KeptWeight, QuantizedGemm, torch_grouped_mm
 from .linear import DEFAULT_KEY, check_operands, kept_tensors
 
 
@@ -57,7 +57,7 @@ def grouped_mm(
     recipe = get_recipe(recipe)
     _check(x, w, offs, recipe)
     if not recipe.quantized:
-        return torch._grouped_mm(x, w, offs=offs)
+        return torch_grouped_mm(x, w, offs)
     backend = resolve(backend, recipe, x.device.type)
     key = DEFAULT_KEY if key is None else key
     grad = torch.is_grad_enabled()

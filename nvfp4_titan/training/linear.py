@@ -113,6 +113,10 @@ def linear(
         raise ConfigError(
             f"x {tuple(x.shape)} and w {tuple(w.shape)} do not fit: need (..., K) and (N, K)"
         )
+    if bias is not None and bias.shape != w.shape[:1]:
+        raise ConfigError(
+            f"bias {tuple(bias.shape)} and w {tuple(w.shape)} do not fit: need (N,) and (N, K)"
+        )
     backend = resolve(backend, recipe, x.device.type)
     key = DEFAULT_KEY if key is None else key
     check_operands(x, w)

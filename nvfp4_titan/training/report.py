@@ -37,10 +37,12 @@ class Report:
     Attributes:
         entries: In model order.
         notes: What of the defaults found nothing in the model.
+        backends: Names of the backends that run the quantized GEMMs.
     """
 
     entries: tuple[Entry, ...]
     notes: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
 
     @property
     def converted(self) -> tuple[str, ...]:
@@ -81,6 +83,8 @@ class Report:
             if totals[kind]
         )
         head = f"NVFP4 conversion: {summary}; {self.flops_share:.1%} of their FLOPs quantized"
+        if self.backends:
+            head += f" (backend {', '.join(self.backends)})"
         return "\n".join([head, *lines, *(f"  note: {note}" for note in self.notes)])
 
 

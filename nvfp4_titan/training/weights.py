@@ -221,10 +221,12 @@ def _versions(state: _State) -> list[tuple[int, ...]]:
     Of others a rank that sees a change alone would wait for the rest.
     """
     own = [w.parameter for w in state.weights if w.fsdp is None and not w.groups()]
-    # A write to a DTensor counts with itself, one to its local tensor with that.
+    local = [p._local_tensor if isinstance(p, DTensor) else p for p in own]
+    # A write to a DTensor counts with itself, one to its local tensor with that; `.data = other`
+    # counts nowhere, but brings a storage of its own.
     return [
-        (id(p), _version(p), _version(p._local_tensor) if isinstance(p, DTensor) else 0)
-        for p in own
+        (id(p), _version(p), _version(part), part.untyped_storage()._cdata)
+        for p, part in zip(own, local, strict=True)
     ]
 
 

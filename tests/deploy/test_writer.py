@@ -45,9 +45,11 @@ def test_a_full_disk_leaves_nothing(binary, shard_bytes, tmp_path):
 
 
 def test_others_may_read_a_checkpoint(tmp_path):
-    """It is written in a temporary folder, which nobody else may enter."""
+    """It is written in a temporary folder, which nobody else may enter, as its weights are."""
     write(tmp_path / "whole")
     assert (tmp_path / "whole").stat().st_mode & 0o777 == 0o755
+    files = list((tmp_path / "whole").iterdir())
+    assert len(files) > 1 and all(file.stat().st_mode & 0o444 == 0o444 for file in files)
 
 
 def test_an_error_within_leaves_nothing(tmp_path):

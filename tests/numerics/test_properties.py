@@ -57,19 +57,44 @@ def test_error_bound(rows, columns, dtype, kwargs, exponent, seed):
         expected = rht(pad_to_blocks(x)).float()[:, :columns]
     operand = quantize(x, **kwargs)
     error = (dequantize(operand) - expected).abs()
-    pad = (0, -columns % 16, 0, -rows % 16)
-    blocks = torch.nn.functional.pad(expected.abs(), pad)
+    held = expected
     if kwargs.get("rht"):
         # Padding takes its share of a transformed block.
-        blocks = rht(pad_to_blocks(torch.nn.functional.pad(x, (0, 0, 0, -rows % 16)))).float().abs()
-    height = kwargs.get("block", (1, 16))[0]
-    tiles = blocks.view(blocks.shape[0] // height, height, -1, 16)
-    block_amax = tiles.amax((1, 3), keepdim=True).expand_as(tiles).reshape(blocks.shape)
-    block_amax = block_amax[:rows, :columns]
-    step = (2 if "seed" in kwargs else 1) / 6
-    subnormal = operand.amax / 2688 * 6 * 2.0**-10  # half of e4m3's smallest step, times 6
-    bound = block_amax * (step * (1 + 1 / 16) + 1 / 16) + subnormal
+        held = rht(pad_to_blocks(torch.nn.functional.pad(x, (0, 0, 0, -rows % 16)))).float()
+    height, sr = kwargs.get("block", (1, 16))[0], "seed" in kwargs
+    bound = error_bound(held, operand.amax, height, sr)[:rows, :columns]
     assert (error <= bound * 1.001).all()
+
+
+def error_bound(
+    x: torch.Tensor, amax: torch.Tensor, height: int = 1, sr: bool = False
+) -> torch.Tensor:
+    """How far each element of an operand may be from x, whose blocks are so many rows high."""
+    rows, columns = x.shape
+    padded = torch.nn.functional.pad(x.abs(), (0, -columns % 16, 0, -rows % 16))
+    tiles = padded.view(padded.shape[0] // height, height, -1, 16)
+    block_amax = tiles.amax((1, 3), keepdim=True).expand_as(tiles).reshape(padded.shape)
+    step = (2 if sr else 1) / 6
+    subnormal = amax / 2688 * 6 * 2.0**-10  # half of e4m3's smallest step, times 6
+    return (block_amax * (step * (1 + 1 / 16) + 1 / 16) + subnormal)[:rows, :columns]
+
+
+def assert_product(actual: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *uses: dict) -> None:
+    """That actual is a @ b.T of operands within their bounds, rounded to its dtype."""
+    a, b = a.detach().double(), b.detach().double()
+    e, f = (error_bound(t, t.abs().max(), **use) for t, use in zip((a, b), uses, strict=True))
+    within = a.abs() @ f.T + e @ b.abs().T + e @ f.T
+    rounding = torch.finfo(actual.dtype)
+    within += rounding.eps * (a.abs() @ b.abs().T) + rounding.tiny
+    error = actual.double() - a @ b.T
+    assert (error.abs() <= within * 1.001).all()
+    # These bounds add up, errors do not: they are smaller than what zeros would miss.
+    assert error.norm() <= 0.5 * (a.square() @ b.square().T).sum().sqrt() + rounding.tiny
+
+
+def turned(t: torch.Tensor) -> torch.Tensor:
+    """RHT(t.T), as wgrad contracts it."""
+    return rht(pad_to_blocks(t.detach().T.contiguous())).float()
 
 
 @EXAMPLES
@@ -85,10 +110,10 @@ def test_linear(m, n, k, dtype, x_exponent, w_exponent, seed):
     y.backward(dy)
     for result, like in ((y, dy), (x.grad, x), (w.grad, w)):
         assert result.shape == like.shape and result.dtype == dtype and result.isfinite().all()
-    exact = (x.double() @ w.double().T).detach()
-    # Element bounds of both operands, summed over the contraction.
-    scale = x.detach().double().abs().amax() * w.detach().double().abs().amax() * k
-    assert ((y.double() - exact).abs() <= scale * 0.6).all()
+    assert_product(y, x, w, {}, {"height": 16})
+    # dgrad multiplies the very codes of fprop: blocks of 16 rows and 16 columns, turned.
+    assert_product(x.grad, dy, w.T.contiguous(), {"sr": True}, {"height": 16})
+    assert_product(w.grad, turned(dy), turned(x), {"sr": True}, {})
 
 
 @EXAMPLES

@@ -83,3 +83,20 @@ def test_what_is_kept_of_weights(setting, batch, weights, codes, tmp_path, monke
     monkeypatch.setattr(converter, "track_weights", lambda model, **kwargs: asked.update(kwargs))
     converter.NVFP4Converter(job, parallel_dims(job, 1)).convert(meta_model(job))
     assert (asked["keep_weights"], asked["keep_codes"]) == (weights, codes)
+
+
+def test_what_is_not_kept_of_sharded_weights_is_said(tmp_path, monkeypatch, caplog):
+    from torchtitan.tools.logging import logger
+
+    from nvfp4_titan.titan import converter
+    from nvfp4_titan.titan.sharding import parallel_dims
+
+    monkeypatch.setattr(logger, "propagate", True)
+    (path,) = (path for path in CONFIGS if path.stem == "llama3_debug")
+    said = []
+    for ranks, more in ((1, ()), (2, ("--nvfp4.fp4_all_gather",)), (2, ())):
+        caplog.clear()
+        job = parse(path, f"--job.dump_folder={tmp_path}", "--nvfp4.keep_weights=always", *more)
+        converter.NVFP4Converter(job, parallel_dims(job, ranks))
+        said.append("set nvfp4.fp4_all_gather = true" in caplog.text)
+    assert said == [False, False, True]

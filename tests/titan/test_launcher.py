@@ -254,6 +254,9 @@ TOML_CASES = {
         'recipee = "nvfp4" ': "recipee",
         'experts = "no"\nrecipe = "nvfp4" ': "nvfp4.experts = 'no' must be true or false",
     },
+    "seed = 0 ": {
+        'keep_weights = "allways"\nseed = 0 ': "nvfp4.keep_weights = 'allways' must be one"
+    },
     "bf16_first_layers = 0 ": {'bf16_first_layers = "two" ': "must be an integer"},
     "rules = [] ": {
         'rules = "layers.*=bf16" ': "list of strings",

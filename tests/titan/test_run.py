@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nvfp4_titan.backends import resolve
 from nvfp4_titan.errors import DivergedError
 from nvfp4_titan.titan.checkpoints import newest_whole_step
 from nvfp4_titan.titan.trainer import NVFP4Trainer
@@ -46,8 +47,9 @@ def test_validation_and_record(train, single_rank):
     assert record["versions"]["torchtitan"] == "0.2.2"
     assert record["config"]["nvfp4"]["recipe"] == "nvfp4"
     assert record["initial_weights"] > 0 and record["cuda_graphs"] is False
-    entries = json.loads((single_rank / "out" / "conversion.json").read_text())["entries"]
-    assert {e["recipe"] for e in entries if e["converted"]} == {"nvfp4"}
+    conversion = json.loads((single_rank / "out" / "conversion.json").read_text())
+    assert conversion["backends"] == [resolve("auto").name]
+    assert {e["recipe"] for e in conversion["entries"] if e["converted"]} == {"nvfp4"}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, single_rank):

@@ -145,6 +145,24 @@ def test_close_to_high_precision():
     assert relative_error(y, exact.detach()) < 0.2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_sizes_that_torchs_grouped_gemm_does_not_take(recipe, dtype):
+    """Rows that begin anywhere, in every recipe: as its linears, group by group."""
+    x = torch.randn(37, 50, dtype=dtype, requires_grad=True)
+    w = torch.randn(3, 50, 23, dtype=dtype, requires_grad=True)
+    ends, dy = [5, 21, 37], torch.randn(37, 23, dtype=dtype)
+    y = grouped_mm(x, w, torch.tensor(ends, dtype=torch.int32), recipe=recipe, backend="reference")
+    grads = torch.autograd.grad(y, (x, w), dy)
+    parts = []
+    for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        y_e = linear(x[start:end], w[e].T, recipe=recipe, backend="reference")
+        parts.append((y_e, *torch.autograd.grad(y_e, (x, w), dy[start:end])))
+    wanted = torch.cat([p[0] for p in parts]), sum(p[1] for p in parts), sum(p[2] for p in parts)
+    for mine, other in zip((y, *grads), wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-2, atol=2e-2)
+
+
 def test_saved_for_backward_is_packed():
     x, w, offs, _ = tensors([64, 192], k=128, n=64)
     y = grouped_mm(x, w.transpose(-2, -1), offs, backend="reference")

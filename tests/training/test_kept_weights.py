@@ -234,6 +234,13 @@ def exchanged(model, weights):
     return model(*batch(1))
 
 
+def given_data(model, weights):
+    """As torch.nn.utils.vector_to_parameters."""
+    for name, p in model.named_parameters():
+        p.data = weights[name].detach().clone()
+    return model(*batch(1))
+
+
 def averaged(model, weights):
     """As torch.optim.swa_utils.AveragedModel: a copy, written in place."""
     other = copy.deepcopy(model)
@@ -257,7 +264,7 @@ def part_loaded(model, weights):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("change", [exchanged, averaged, called_with, part_loaded])
+@pytest.mark.parametrize("change", [exchanged, given_data, averaged, called_with, part_loaded])
 def test_other_weights_are_quantized_anew(change, keep):
     model, untracked = build(keep), Model()
     model(*batch(0))

@@ -321,6 +321,7 @@ def test_unquantized_recipe_is_the_plain_linear():
     ("call", "fragment"),
     [
         (lambda: linear(torch.ones(2, 8), torch.ones(4, 9)), "do not fit"),
+        (lambda: linear(torch.ones(2, 8), torch.ones(4, 8), torch.ones(1)), r"bias \(1,\) and w"),
         (lambda: linear(torch.ones(2, 8), torch.ones(4, 8).bfloat16()), "cast one"),
         (lambda: linear(torch.ones(2, 8), torch.ones(4, 8), recipe="fp3"), "use one of nvfp4"),
         (lambda: linear(torch.ones(2, 8), torch.ones(4, 8), backend="cuda"), "use one of auto"),
