@@ -14,14 +14,12 @@ import torch
 from ..formats import BLOCK, NVFP4, BlockFormat
 from ..numerics import QuantizedOperand
 from ..numerics import dequantize as dequantize_plain
+from ..numerics import quantize as quantize_plain
 from ..numerics.grouped import dequantize_tokens
 from ..numerics.quantize import (
     block_amaxes,
-    block_indices,
     global_scale,
     prepare,
-    quantize_blocks,
-    random_bytes,
     scaled_values,
     tensor_amax,
 )
@@ -40,7 +38,7 @@ def no_operand(t: torch.Tensor) -> list[torch.Tensor]:
 
 
 def fake_operand(t: torch.Tensor, spec: str, *shape: int) -> list[torch.Tensor]:
-    """Codes and scales of an operand whose logical shape is (..., K); none for a spec of ""."""
+    """New codes and scales of an operand whose logical shape is (..., K); none for a spec of ""."""
     if not spec:
         return no_operand(t)
     *outer, size = shape
@@ -52,20 +50,16 @@ def fake_operand(t: torch.Tensor, spec: str, *shape: int) -> list[torch.Tensor]:
     ]
 
 
-def _use(t: torch.Tensor, fmt: OperandFormat, transpose: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """A prepared operand and its block amaxes."""
-    size = fmt.format.block
-    prepared = prepare(t, rht=fmt.rht, transpose=transpose, block=size)
-    return prepared, block_amaxes(prepared, fmt.block[0], size)
-
-
 @torch.library.custom_op("nvfp4_titan::reference_amax", mutates_args=())
 def amax(t: torch.Tensor, rows: str, cols: str) -> torch.Tensor:
     """Amaxes (2,) of the two uses of t (M, K)."""
     amaxes = t.new_zeros(2, dtype=torch.float32)
     for i, spec in enumerate((rows, cols)):
-        if spec and OperandFormat.parse(spec).format.tensor_scale:
-            amaxes[i] = tensor_amax(_use(t, OperandFormat.parse(spec), transpose=i == 1)[1])
+        fmt = OperandFormat.parse(spec) if spec else None
+        if fmt and fmt.format.tensor_scale:
+            size = fmt.format.block
+            prepared = prepare(t, rht=fmt.rht, transpose=i == 1, block=size)
+            amaxes[i] = tensor_amax(block_amaxes(prepared, fmt.block[0], size))
     return amaxes
 
 
@@ -85,24 +79,29 @@ def quantize(
     offset: list[int],
 ) -> FIVE_TENSORS:
     """Quantize t (M, K) along K (rows) and along M (cols)."""
-    amaxes = t.new_zeros(2, dtype=torch.float32)
+    amaxes = t.new_zeros(2, dtype=torch.float32) if amax is None else amax.clone()
     results = []
-    for i, spec in enumerate((rows, cols)):
-        if not spec:
-            results += no_operand(t)
+    for i, (spec, part) in enumerate(((rows, t), (cols, t.T))):
+        if not spec or not t.numel():
+            results += fake_operand(t, spec, *part.shape)
             continue
         fmt = OperandFormat.parse(spec)
-        prepared, block_amax = _use(t, fmt, transpose=i == 1)
-        own = None
-        if fmt.format.tensor_scale:
-            amaxes[i] = tensor_amax(block_amax) if amax is None else amax[i]
-            own = amaxes[i]
-        random_byte = None
-        if fmt.rounding == "sr":
-            first_row, first_column = offset if i == 0 else reversed(offset)
-            row, column = block_indices(block_amax, first_row, first_column // BLOCK)
-            random_byte = random_bytes(int(key), streams[i], own, block_amax, row, column)
-        results += quantize_blocks(prepared, block_amax, own, random_byte, fmt)
+        first_row, first_column = offset if i == 0 else reversed(offset)
+        operand = quantize_plain(
+            part,
+            format=fmt.format,
+            block=fmt.block,
+            rounding=fmt.rounding,
+            rht=fmt.rht,
+            amax=None if amax is None else amax[i],
+            seed=int(key) if fmt.rounding == "sr" else None,
+            stream=streams[i],
+            first_row=first_row,
+            first_block=first_column // BLOCK,
+        )
+        results += [operand.codes, operand.block_scale]
+        if operand.amax is not None:
+            amaxes[i] = operand.amax
     return (*results, amaxes)
 
 
