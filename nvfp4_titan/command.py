@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
 
@@ -31,6 +31,15 @@ def result_file(output: Path, suffix: str) -> Path:
     path = output.with_name(output.name + suffix)
     check_writable(path)
     return path
+
+
+def markdown_table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines of a Markdown table; "|" in a cell stays in it."""
+    lines = [
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
+        for row in (head, *rows)
+    ]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
 
 
 def check_writable(path: Path) -> None:

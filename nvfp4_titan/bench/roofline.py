@@ -19,6 +19,8 @@ dense; bandwidth 8 TB/s of HBM3e.
 
 from dataclasses import dataclass
 
+from ..command import markdown_table
+
 NVFP4_BYTES, MXFP8_BYTES, BF16_BYTES = 0.5 + 1 / 16, 1 + 1 / 32, 2.0
 
 
@@ -148,37 +150,42 @@ def markdown(tokens: int = 8192) -> str:
     lines = []
     for model, shapes in MODELS.items():
         lines += [f"{model}, {tokens:,} tokens a GPU (experts: a GPU's expert), fwd + bwd:", ""]
-        lines += [
-            "| | GPU | GFLOP | MB moved bf16 / NVFP4 | bf16 us | MXFP8 us "
-            "| NVFP4 us: quantize + GEMMs | to bf16 | to MXFP8 | fused to bf16 |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [_row(machine, shape, tokens) for shape in shapes for machine in MACHINES.values()]
-        lines.append("")
+        rows = [_row(machine, shape, tokens) for shape in shapes for machine in MACHINES.values()]
+        lines += [*markdown_table(_HEAD, rows), ""]
     lines += ["Fewest tokens per expert from which NVFP4 is the faster one:", ""]
-    lines += ["| DeepSeekV3 expert | GPU | than bf16 | than MXFP8 | fused, than bf16 |"]
-    lines += ["|---|---|---|---|---|"]
-    for shape in DEEPSEEK_V3[-2:]:
-        for machine in MACHINES.values():
-            pairs = (("nvfp4", "bf16"), ("nvfp4", "mxfp8"), ("fused", "bf16"))
-            cells = (break_even(machine, shape, *pair) for pair in pairs)
-            name = f"{shape.name} ({shape.inputs} -> {shape.outputs})"
-            lines.append(_cells(name, machine.name, *(c or "never" for c in cells)))
+    pairs = (("nvfp4", "bf16"), ("nvfp4", "mxfp8"), ("fused", "bf16"))
+    rows = [
+        (
+            _name(shape),
+            machine.name,
+            *(break_even(machine, shape, *pair) or "never" for pair in pairs),
+        )
+        for shape in DEEPSEEK_V3[-2:]
+        for machine in MACHINES.values()
+    ]
+    head = ("DeepSeekV3 expert", "GPU", "than bf16", "than MXFP8", "fused, than bf16")
+    lines += markdown_table(head, rows)
     return "\n".join(lines) + "\n"
 
 
-def _cells(*cells: object) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+_HEAD = (
+    *("", "GPU", "GFLOP", "MB moved bf16 / NVFP4", "bf16 us", "MXFP8 us"),
+    *("NVFP4 us: quantize + GEMMs", "to bf16", "to MXFP8", "fused to bf16"),
+)
 
 
-def _row(machine: Machine, shape: Shape, tokens: int) -> str:
+def _name(shape: Shape) -> str:
+    return f"{shape.name} ({shape.inputs} -> {shape.outputs})"
+
+
+def _row(machine: Machine, shape: Shape, tokens: int) -> tuple[str, ...]:
     bf16, mxfp8, nvfp4, fused = (
         times(machine, tokens, shape, r) for r in ("bf16", "mxfp8", "nvfp4", "fused")
     )
     moved = gemm_bytes(tokens, shape, NVFP4_BYTES) + quantize_bytes(tokens, shape, "nvfp4")
     plain = gemm_bytes(tokens, shape, BF16_BYTES)
-    return _cells(
-        f"{shape.name} ({shape.inputs} -> {shape.outputs})",
+    return (
+        _name(shape),
         machine.name,
         f"{gemm_flops(tokens, shape) / 1e9:.0f}",
         f"{plain / 1e6:.0f} / {moved / 1e6:.0f}",

@@ -7,6 +7,7 @@ linear but the lm head and routers, the last blocks too). They run as a check's 
 
 import torch
 
+from ..command import markdown_table
 from ..errors import ConfigError
 from ..recipe import get_recipe
 from .runs import Run, compare
@@ -81,14 +82,17 @@ def _check_machine(name: str, run: Run, control: Run) -> None:
 
 def format_table(rows: dict[str, dict]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| recipe | step, s | of the control's | tokens/s | memory, GiB | validation | gap |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {row['seconds_per_step']:.3f} | {row['step_time_ratio']:.2f} "
-        f"| {row['tokens_per_second']:,.0f} | {row['peak_memory_gib']:.2f} "
-        f"| {row['validation_loss']:.4f} | {row['relative_gap']:+.2%} |"
+    head = ("recipe", "step, s", "of the control's", "tokens/s", "memory, GiB", "validation", "gap")
+    cells = [
+        (
+            name,
+            f"{row['seconds_per_step']:.3f}",
+            f"{row['step_time_ratio']:.2f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['peak_memory_gib']:.2f}",
+            f"{row['validation_loss']:.4f}",
+            f"{row['relative_gap']:+.2%}",
+        )
         for name, row in rows.items()
     ]
-    return "\n".join(lines)
+    return "\n".join(markdown_table(head, cells))

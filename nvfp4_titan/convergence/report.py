@@ -9,7 +9,7 @@ import shlex
 from dataclasses import asdict
 from pathlib import Path
 
-from ..command import result_file
+from ..command import markdown_table, result_file
 from ..errors import ConfigError
 from .check import Found, Plan, control_noise
 from .plot import plot_gaps
@@ -97,24 +97,28 @@ def markdown(
             f"{spread:.2%} (standard deviation)." if spread is not None else "not known (one seed)."
         ),
         "",
-        f"| variant | seeds | loss | gap | {limits.confidence:.0%} interval | gaps by seed "
-        "| spikes | verdict |",
-        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, verdict in verdicts.items():
-        if isinstance(verdict, str):
-            lines.append(f"| {name} | | | | | | | error: {verdict} |")
-            continue
-        bounds = "" if verdict.interval is None else "{:+.2%} to {:+.2%}".format(*verdict.interval)
-        gaps = " ".join(f"{gap:+.2%}" for gap in verdict.gaps.values())
-        spikes = sum(map(len, verdict.spikes.values()))
-        lines.append(
-            f"| {name} | {len(verdict.gaps)} | {_losses(verdict.losses)} | {verdict.gap:+.2%} "
-            f"| {bounds} | {gaps} | {spikes} | {verdict.outcome}: {'; '.join(verdict.reasons)} |"
-        )
+    interval = f"{limits.confidence:.0%} interval"
+    head = ("variant", "seeds", "loss", "gap", interval, "gaps by seed", "spikes", "verdict")
+    lines += markdown_table(head, [_verdict_row(name, v) for name, v in verdicts.items()])
     lines += ["", *_courses(verdicts), *switches(plan, verdicts, run.steps)]
     lines += [*_validated(plan, found), *_experts(verdicts)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _verdict_row(name: str, verdict: Verdict | str) -> tuple[object, ...]:
+    if isinstance(verdict, str):
+        return (name, *[""] * 6, f"error: {verdict}")
+    return (
+        name,
+        len(verdict.gaps),
+        _losses(verdict.losses),
+        f"{verdict.gap:+.2%}",
+        "" if verdict.interval is None else "{:+.2%} to {:+.2%}".format(*verdict.interval),
+        " ".join(f"{gap:+.2%}" for gap in verdict.gaps.values()),
+        sum(map(len, verdict.spikes.values())),
+        f"{verdict.outcome}: {'; '.join(verdict.reasons)}",
+    )
 
 
 def _validated(plan: Plan, found: Found) -> list[str]:
@@ -138,15 +142,8 @@ def _courses(verdicts: dict[str, Verdict | str]) -> list[str]:
     steps = sorted(set.intersection(*(set(v.course) for v in judged.values())))
     # A table that fits a page: the last validation, and every so many before it.
     steps = steps[:: -max(1, len(steps) // 6)][::-1]
-    lines = [
-        "Gap by step:",
-        "",
-        f"| variant | {' | '.join(map(str, steps))} |",
-        "|---|" + "---|" * len(steps),
-    ]
-    for name, verdict in judged.items():
-        lines.append(f"| {name} | " + " | ".join(f"{verdict.course[s]:+.2%}" for s in steps) + " |")
-    return [*lines, ""]
+    rows = [(name, *(f"{v.course[s]:+.2%}" for s in steps)) for name, v in judged.items()]
+    return ["Gap by step:", "", *markdown_table(("variant", *steps), rows), ""]
 
 
 def switches(plan: Plan, verdicts: dict[str, Verdict | str], steps: int) -> list[str]:

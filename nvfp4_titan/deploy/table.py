@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..command import result_file
+from ..command import markdown_table, result_file
 from ..errors import ConfigError
 from ..toml import toml_sha256
 
@@ -91,18 +91,17 @@ def merge(tables: list[dict], others: Iterable[dict]) -> None:
 
 def format_tables(tables: list[dict]) -> str:
     """Markdown, a line per model, machine and recipe."""
-    lines = [
-        "| model | device | recipe | bf16 | PTQ | QAT | step time, QAT / bf16 |",
-        "|---|---|---|---|---|---|---|",
+    head = ("model", "device", "recipe", "bf16", "PTQ", "QAT", "step time, QAT / bf16")
+    rows = [
+        (
+            *(table["model"], table["device"], recipe),
+            *(f"{part[kind]['perplexity']:.3f}" for kind in KINDS),
+            f"{part['step_time_ratio']:.2f}",
+        )
+        for table in tables
+        for recipe, part in table["recipes"].items()
     ]
-    for table in tables:
-        for recipe, part in table["recipes"].items():
-            figures = " | ".join(f"{part[kind]['perplexity']:.3f}" for kind in KINDS)
-            lines.append(
-                f"| {table['model']} | {table['device']} | {recipe} | {figures} | "
-                f"{part['step_time_ratio']:.2f} |"
-            )
-    return "\n".join(lines)
+    return "\n".join(markdown_table(head, rows))
 
 
 def write_tables(output: Path, tables: list[dict]) -> None:

@@ -41,6 +41,7 @@ from torchtitan.models.moe import moe as moe_module
 from torchtitan.models.moe import utils as moe_utils
 from torchtitan.protocols.train_spec import BaseModelArgs, get_train_spec
 
+from ..command import markdown_table
 from ..convergence.launch import settings
 from ..convergence.recipes import CONTROL
 from ..distributed import fsdp_records
@@ -131,8 +132,7 @@ def format_table(estimates: dict[str, Estimate], device_gib: float) -> str:
             line = (_gib(e.fp4_all_gather if kind == "all_gather" else e.traffic.get(kind, 0))
                     for kind in kinds)  # fmt: skip
             lines.append((f"{name}, fp4_all_gather", *[""] * (len(head) - 1), *line))
-    rows = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
+    return "\n".join(markdown_table(lines[0], lines[1:]))
 
 
 def _gib(count: int) -> str:

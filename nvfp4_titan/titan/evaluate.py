@@ -18,7 +18,7 @@ from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
 from tqdm import tqdm
 
-from ..command import result_file
+from ..command import markdown_table, result_file
 from ..deploy import DeployRecipe, get_deploy_recipe
 from ..deploy.codecs import nvfp4
 from ..deploy.layout import SUFFIXES, amax_of, from_layout
@@ -210,12 +210,11 @@ def evaluate(
 
 def format_table(rows: dict[str, dict]) -> str:
     """Results by name as a Markdown table."""
-    lines = ["| model | recipe | loss | perplexity | tokens |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {name} | {r['recipe']} | {r['loss']:.4f} | {r['perplexity']:.3f} | {r['tokens']:,} |"
+    cells = [
+        (name, r["recipe"], f"{r['loss']:.4f}", f"{r['perplexity']:.3f}", f"{r['tokens']:,}")
         for name, r in rows.items()
     ]
-    return "\n".join(lines)
+    return "\n".join(markdown_table(("model", "recipe", "loss", "perplexity", "tokens"), cells))
 
 
 def write_results(output: Path, rows: dict[str, dict], about: dict) -> None:
