@@ -64,7 +64,7 @@ def from_layout(tensors: dict[str, torch.Tensor], recipe: DeployRecipe) -> Encod
     """Inverse of `to_layout` for the weight: what the codec decodes."""
     if recipe.layout == "nvfp4-pack-quantized":
         found = {"codes": tensors["weight_packed"], "scale": tensors["weight_scale"]}
-        if recipe.name != "nvfp4_single":
+        if recipe.tensor_scale:
             found["encode_scale"] = tensors["weight_global_scale"].reshape(())
         return found
     if recipe.layout == "pack-quantized":

@@ -41,6 +41,7 @@ class DeployRecipe:
         weight: The weights' codec.
         activation: The activations' codec, None for weight-only.
         layout: compressed-tensors' name of the checkpoint's layout; None where it has none.
+        tensor_scale: Whether there are scales per tensor, which linears of one input may share.
     """
 
     name: str
@@ -48,6 +49,12 @@ class DeployRecipe:
     weight: Codec
     activation: Codec | None
     layout: str | None
+    tensor_scale: bool = False
+
+    @property
+    def static_activation(self) -> bool:
+        """Whether the activations' scale per tensor is calibrated, and stored."""
+        return self.tensor_scale and self.activation is not None
 
     @property
     def experts(self) -> bool:
@@ -61,7 +68,8 @@ def _forward(name: str, x: OperandFormat, w: OperandFormat) -> Recipe:
 
 def _nvfp4(name: str, fmt=NVFP4) -> DeployRecipe:
     gemm = _forward(f"qat_{name}", OperandFormat(fmt), OperandFormat(fmt, (BLOCK, BLOCK)))
-    return DeployRecipe(name, gemm, nvfp4(fmt, BLOCK), nvfp4(fmt), "nvfp4-pack-quantized")
+    codecs = nvfp4(fmt, BLOCK), nvfp4(fmt)
+    return DeployRecipe(name, gemm, *codecs, "nvfp4-pack-quantized", fmt.tensor_scale)
 
 
 def _mxfp8() -> DeployRecipe:
@@ -76,7 +84,7 @@ DEPLOY_RECIPES: Mapping[str, DeployRecipe] = MappingProxyType(
             _nvfp4("nvfp4"),
             _nvfp4("nvfp4_single", NVFP4.single_level()),
             DeployRecipe(
-                "nvfp4_weight_only", None, nvfp4(NVFP4, BLOCK), None, "nvfp4-pack-quantized"
+                "nvfp4_weight_only", None, nvfp4(NVFP4, BLOCK), None, "nvfp4-pack-quantized", True
             ),
             DeployRecipe(
                 "int8_act_int4_weight", None, int_group(4, 32), INT8_TOKEN, "pack-quantized"

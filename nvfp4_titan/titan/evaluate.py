@@ -125,7 +125,7 @@ def _quantized_linear(
         key: titan_rows(t, hf) if t.dim() and t.shape[0] == rows else t
         for key, t in encoded.items()
     }
-    if static is not None and recipe.name == "nvfp4":
+    if static is not None and recipe.static_activation:
         recipe = replace(recipe, activation=nvfp4(amax=amax_of(static).item()))
     return QuantizedLinear(encoded, recipe, None, dtype)
 

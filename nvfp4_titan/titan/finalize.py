@@ -102,7 +102,7 @@ def finalize(path: Path, output: Path, options: FinalizeOptions) -> dict:
     chosen = _chosen(source, recipe, options.skip)
     tokenizer = _tokenizer(source, options.tokenizer)
     amaxes: dict[str, torch.Tensor] = {}
-    if recipe and recipe.name == "nvfp4":
+    if recipe and recipe.static_activation:
         amaxes = calibrate(source, chosen, tokenizer, options)
     shared = shared_amaxes(source, chosen, options) if shares_scales(recipe, options) else {}
     binary = recipe is not None and recipe.layout is None
@@ -225,8 +225,7 @@ def _of_idle_experts(found: dict[str, torch.Tensor], chosen: set[str]) -> dict[s
 
 def shares_scales(recipe: DeployRecipe | None, options: FinalizeOptions) -> bool:
     """Whether there are scales per tensor, and they are to be shared."""
-    has = recipe is not None and recipe.name in ("nvfp4", "nvfp4_weight_only")
-    return has and options.share_scales
+    return recipe is not None and recipe.tensor_scale and bool(options.share_scales)
 
 
 @torch.no_grad()
