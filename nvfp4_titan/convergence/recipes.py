@@ -58,7 +58,7 @@ def table(runs: dict[str, Run]) -> dict[str, dict]:
             "validation_loss": figures["validation_loss"],
             "relative_gap": figures["relative_gap"],
             # torchtitan's float8 writes no report.
-            "flops_share": run.conversion["flops_share"] if run.conversion else None,
+            "flops_share": run.flops_share if run.conversion else None,
         }
     return rows
 

@@ -13,7 +13,7 @@ from ..command import markdown_table, result_file
 from ..errors import ConfigError
 from .check import Found, Plan, control_noise
 from .plot import plot_gaps
-from .runs import Run, smallest_expert_share
+from .runs import Run
 from .variants import Variant
 from .verdict import PASS, REPORTED, Thresholds, Verdict, final_loss
 
@@ -54,14 +54,13 @@ def _row(variant: Variant, seed: int, run: Run, limits: Thresholds, commit: str 
         "final_loss": final_loss(run, limits.final_fraction),
         "train_loss": run.train[max(run.train)],
         "tokens_per_second": run.tokens_per_second,
-        "flops_share": run.conversion["flops_share"] if run.conversion else 0.0,
+        "flops_share": run.flops_share,
         "device": run.record["device"],
         "commit": run.record.get("commit") or commit,
         "options": list(variant.options),
     }
-    counts = run.tokens_per_expert or {}
-    if any(map(any, counts.values())):
-        row["smallest_expert_share"] = smallest_expert_share(counts)
+    if run.smallest_expert_share is not None:
+        row["smallest_expert_share"] = run.smallest_expert_share
     return row
 
 

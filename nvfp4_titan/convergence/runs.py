@@ -74,6 +74,22 @@ class Run:
     tokens: dict[int, float] = field(default_factory=dict)
 
     @property
+    def flops_share(self) -> float:
+        """Share of the linears' and experts' forward FLOPs that the converter quantized."""
+        return self.conversion["flops_share"] if self.conversion else 0.0
+
+    @property
+    def smallest_expert_share(self) -> float | None:
+        """Tokens of the least fed expert of all layers in the last validation, of an even share.
+
+        None without experts, or where nothing was validated at the end.
+        """
+        counts = (self.tokens_per_expert or {}).values()
+        if not any(map(any, counts)):
+            return None
+        return min(min(tokens) * len(tokens) / sum(tokens) for tokens in counts)
+
+    @property
     def steps(self) -> int:
         """Training steps that the run was to make."""
         return self.record["config"]["training"]["steps"]
@@ -227,19 +243,14 @@ def compare(control: Run, run: Run) -> dict:
         "control_seconds_per_step": control.seconds_per_step,
         "seconds_per_step": run.seconds_per_step,
         "step_time_ratio": run.seconds_per_step / control.seconds_per_step,
-        "flops_share": run.conversion["flops_share"] if run.conversion else 0.0,
+        "flops_share": run.flops_share,
     }
-    # The counts are of the last step's validation: zeros where there was none.
-    counts = [side.tokens_per_expert or {} for side in (control, run)]
-    if all(any(map(any, side.values())) for side in counts):
-        for name, side in zip(("control_", ""), counts, strict=True):
-            figures[f"{name}smallest_expert_share"] = smallest_expert_share(side)
+    shares = control.smallest_expert_share, run.smallest_expert_share
+    if None not in shares:
+        figures |= zip(
+            ("control_smallest_expert_share", "smallest_expert_share"), shares, strict=True
+        )
     return figures
-
-
-def smallest_expert_share(tokens_per_expert: dict[str, list[float]]) -> float:
-    """Tokens of the least fed expert of all layers, relative to an even split."""
-    return min(min(counts) * len(counts) / sum(counts) for counts in tokens_per_expert.values())
 
 
 def _json(path: Path, optional: bool = False) -> dict | None:

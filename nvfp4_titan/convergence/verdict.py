@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from statistics import mean, median, stdev
 
 from ..errors import ConfigError
-from .runs import Run, check_comparable, smallest_expert_share
+from .runs import Run, check_comparable
 
 PASS, FAIL, UNCLEAR, REPORTED = "pass", "fail", "unclear", "reported"
 
@@ -243,9 +243,8 @@ def _common(runs: dict[int, Run]) -> list[int]:
 
 
 def _expert_shares(control: dict[int, Run], runs: dict[int, Run]) -> dict[int, tuple[float, float]]:
-    found = {}
-    for seed, run in runs.items():
-        counts = [r.tokens_per_expert or {} for r in (run, control[seed])]
-        if all(any(map(any, side.values())) for side in counts):
-            found[seed] = tuple(smallest_expert_share(side) for side in counts)
-    return found
+    pairs = {
+        seed: (run.smallest_expert_share, control[seed].smallest_expert_share)
+        for seed, run in runs.items()
+    }
+    return {seed: shares for seed, shares in pairs.items() if None not in shares}
