@@ -16,7 +16,6 @@ from .triton_launch import ptx_level
 from .triton_rounding import MAGNITUDE_BITS, bits, number, round_bf16, round_bits, to_fp32
 from .triton_unpack import cast
 
-DTYPES = (torch.bfloat16, torch.float32)
 _TILE, _WARPS = 4096, 4
 
 

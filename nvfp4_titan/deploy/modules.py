@@ -68,7 +68,7 @@ class QuantizedLinear(nn.Module):
         encoded: What the weight's codec stores.
         recipe: Its codecs; `activation` may hold a static amax.
         bias: (N,) or None.
-        dtype: The dtype that it multiplies in where autocast is off.
+        dtype: The dtype that the weight is decoded to, as it was encoded from.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
     {"tables": [{"model", "device", "options",
                  "recipes": {name: {"bf16", "PTQ", "QAT", "seconds_per_step", "step_time_ratio",
                                     "base_validation_loss", "machine", "torch", "commit",
-                                    "command"}}}]}
+                                    "cuda_graphs", "command"}}}]}
 
 A recipe's three results come from one base run. A table can be made a recipe at a time, on machines
 that keep nothing between calls: what a file holds already is not made again.

@@ -35,7 +35,7 @@ from ..distributed.fp4_gather import Known, attach, obstacle
 from ..errors import ConfigError
 from .experts import WrappingExperts
 from .functions import KeptWeight
-from .linear import NVFP4Linear
+from .linear import NVFP4Linear, autocast_dtype
 
 _STATE = "_nvfp4_weights"
 _logger = logging.getLogger(__name__)
@@ -264,10 +264,7 @@ def _compute_dtype(weight: ShardedWeight) -> torch.dtype:
     """Dtype that the forward which begins multiplies a weight in."""
     if weight.experts and getattr(weight.module, "use_grouped_mm", False):
         return torch.bfloat16  # torchtitan casts to it
-    local = weight.local
-    if torch.is_autocast_enabled(local.device.type):
-        return torch.get_autocast_dtype(local.device.type)
-    return local.dtype
+    return autocast_dtype(weight.local) or weight.local.dtype
 
 
 def converted_weights(model: nn.Module) -> list[ShardedWeight]:
