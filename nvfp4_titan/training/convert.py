@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ..backends import Backend, resolve
 from ..errors import ConfigError
 from ..recipe import DEFAULT_RULES, Choice, Recipe, Selection, get_recipe, parse_rules
-from .experts import WrappingExperts, convert_experts, expert_weights
+from .experts import Converted, convert_experts, expert_weights
 from .linear import NVFP4Linear
 from .report import EXPERTS, LINEAR, Entry, Report
 
@@ -251,7 +251,7 @@ def _check_model(model: nn.Module) -> None:
     if isinstance(model, nn.Linear):
         raise ConfigError("the model is itself a linear: build an NVFP4Linear instead")
     for fqn, module in model.named_modules():
-        if isinstance(module, NVFP4Linear | WrappingExperts):
+        if isinstance(module, Converted):
             raise ConfigError(f"{fqn} was converted before: convert a model once")
     for fqn, parameter in model.named_parameters():
         if is_lazy(parameter):

@@ -30,7 +30,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..recipe import Recipe
 from .functions import KeptWeight
 from .grouped import grouped_mm
-from .linear import cast_input, check_operands, key_tensor, local_linear, placed_key
+from .linear import NVFP4Linear, cast_input, check_operands, key_tensor, local_linear, placed_key
 
 aten = torch.ops.aten
 _KEEP = {
@@ -331,9 +331,16 @@ class WrappingExperts:
 
     def change_keys(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Give every converted weight change(key) for its SR key from now on."""
-        self._converted = {
-            name: (change(key), options) for name, (key, options) in self._converted.items()
-        }
+        self._update(lambda key, options: (change(key), options))
+
+    def change_backend(self, name: str, backend: Backend) -> None:
+        """Have another backend run one weight from now on."""
+        key, options = self._converted[name]
+        self._converted = self._converted | {name: (key, replace(options, backend=backend))}
+
+    def _update(self, change: Callable[[torch.Tensor, ExpertOptions], tuple]) -> None:
+        """Give every converted weight change(key, options) for both from now on."""
+        self._converted = {name: change(*pair) for name, pair in self._converted.items()}
 
     def recipes(self) -> dict[str, tuple[Recipe, Backend]]:
         """What each converted weight runs in, by name."""
@@ -347,17 +354,11 @@ class WrappingExperts:
 
     @requantize.setter
     def requantize(self, value: bool) -> None:
-        self._converted = {
-            name: (key, replace(options, requantize=value))
-            for name, (key, options) in self._converted.items()
-        }
+        self._update(lambda key, options: (key, replace(options, requantize=value)))
 
     def change_recipe(self, change: Callable[[Recipe], Recipe]) -> None:
         """Run every converted weight in change(recipe) from now on."""
-        self._converted = {
-            name: (key, replace(options, recipe=change(options.recipe)))
-            for name, (key, options) in self._converted.items()
-        }
+        self._update(lambda key, o: (key, replace(o, recipe=change(o.recipe))))
         if self.kept_weights is not None:  # an attribute that comes or goes has graphs recompiled
             self.kept_weights = {}
 
@@ -401,6 +402,11 @@ class WrappingExperts:
         _, _, *rest = super().__reduce_ex__(protocol)
         base = next(c for c in type(self).__mro__ if not issubclass(c, WrappingExperts))
         return (_new_instance, (base,), *rest)
+
+
+Converted = NVFP4Linear | WrappingExperts
+"""What `convert` makes of modules. Both have weight_amaxes, kept_weights, being_observed,
+requantize, recipes(), change_recipe() and change_backend()."""
 
 
 def _new_instance(base: type[nn.Module]) -> nn.Module:

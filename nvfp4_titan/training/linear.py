@@ -234,6 +234,10 @@ class NVFP4Linear(nn.Linear):
         """What its weight runs in, as converted experts list theirs."""
         return {"weight": (self.recipe, self.backend)}
 
+    def change_backend(self, name: str, backend: Backend) -> None:
+        """Have another backend run its weight (named "weight") from now on."""
+        self.backend = backend
+
     def change_recipe(self, change: Callable[[Recipe], Recipe]) -> None:
         """Run in change(recipe) from now on."""
         self.recipe = change(self.recipe)

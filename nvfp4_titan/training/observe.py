@@ -30,7 +30,7 @@ from ..numerics import QuantizedOperand, dequantize, rht
 from ..numerics.grouped import group_layout
 from ..numerics.quantize import pad_to_blocks
 from ..numerics.rounding import decode_codes
-from .experts import WrappingExperts
+from .experts import Converted
 from .linear import NVFP4Linear
 
 X, W, DY = "x", "w", "dy"
@@ -74,7 +74,7 @@ class Observer:
             _Site(clean_fqn(f"{fqn}.{name}"), module, name)
             for part in model_parts
             for fqn, module in part.named_modules()
-            if isinstance(module, NVFP4Linear | WrappingExperts)
+            if isinstance(module, Converted)
             for name in module.recipes()
         ]
 
@@ -151,12 +151,7 @@ class _Site:
         self.clear()
 
     def _set(self, backend: Backend) -> None:
-        if isinstance(self.module, NVFP4Linear):
-            self.module.backend = backend
-            return
-        key, options = self.module._converted[self.name]
-        changed = {self.name: (key, replace(options, backend=backend))}
-        self.module._converted = self.module._converted | changed
+        self.module.change_backend(self.name, backend)
 
     def quantized(
         self,

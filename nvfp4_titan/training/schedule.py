@@ -12,8 +12,7 @@ from torch import nn
 
 from ..backends import resolve
 from ..recipe import Change, Recipe, get_recipe
-from .experts import WrappingExperts
-from .linear import NVFP4Linear
+from .experts import Converted
 
 
 class FormatSchedule:
@@ -41,7 +40,7 @@ class FormatSchedule:
             module
             for part in model_parts
             for module in part.modules()
-            if isinstance(module, NVFP4Linear | WrappingExperts)
+            if isinstance(module, Converted)
         ]
         switches = switches or {}
         self._pending = [

@@ -33,9 +33,9 @@ from torch.utils.hooks import RemovableHandle
 from ..distributed import ShardedWeight, amax_in_dtypes, fsdp_records, weight_amaxes
 from ..distributed.fp4_gather import Known, attach, obstacle
 from ..errors import ConfigError
-from .experts import WrappingExperts
+from .experts import Converted, WrappingExperts
 from .functions import KeptWeight
-from .linear import NVFP4Linear, autocast_dtype
+from .linear import autocast_dtype
 
 _STATE = "_nvfp4_weights"
 _logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def invalidate_weights(model: nn.Module) -> None:
 def keep_no_codes(model: nn.Module) -> None:
     """Have backward quantize weights that FSDP gathers again, in place of keeping their codes."""
     for module in model.modules():
-        if isinstance(module, NVFP4Linear | WrappingExperts):
+        if isinstance(module, Converted):
             module.requantize = True
 
 
@@ -275,7 +275,7 @@ def converted_weights(model: nn.Module) -> list[ShardedWeight]:
             module, name, isinstance(module, WrappingExperts), records.get((module, name))
         )
         for module in model.modules()
-        if isinstance(module, NVFP4Linear | WrappingExperts)
+        if isinstance(module, Converted)
         for name in module.recipes()
     ]
 
