@@ -1,4 +1,4 @@
-"""What torchtitan and this project record of a run in TensorBoard's event files.
+"""What torchtitan and this project record of a run: names of files, and TensorBoard's events.
 
 A run that was interrupted and went on has an event file per start. A start replaces what earlier
 ones recorded from its first step on: those steps were lost with the process, and done again.
@@ -16,6 +16,10 @@ STEP_SECONDS = "time_metrics/end_to_end(s)"
 TOKENS_PER_SECOND = "throughput(tps)"
 ACTIVE_GIB, RESERVED_GIB = "memory/max_active(GiB)", "memory/max_reserved(GiB)"
 CHECKSUM, TOKENS = "data/checksum", "n_tokens_seen"
+
+RECORD, CONVERSION = "run_record.json", "conversion.json"
+EXPERT_TOKENS, NUMERICS = "tokens_per_expert.json", "numerics.json"
+"""Files that a run leaves beside them."""
 
 
 def read_scalars(folder: Path) -> dict[str, dict[int, float]]:

@@ -16,7 +16,14 @@ from pathlib import Path
 from statistics import median
 
 from ..errors import ConfigError
-from ..scalars import ACTIVE_GIB, RESERVED_GIB, TOKENS_PER_SECOND, TRAIN_LOSS, read_scalars
+from ..scalars import (
+    ACTIVE_GIB,
+    RECORD,
+    RESERVED_GIB,
+    TOKENS_PER_SECOND,
+    TRAIN_LOSS,
+    read_scalars,
+)
 from .training import check_new
 
 GRACE_SECONDS = 40
@@ -156,7 +163,7 @@ def _status(job: Job, returncode: int | None, log: str) -> str:
 def _measured(folder: Path) -> dict:
     """What a job that trained left in its dump folder."""
     found = {}
-    record = folder / "run_record.json"
+    record = folder / RECORD
     if record.is_file():
         content = json.loads(record.read_text())
         found |= {name: content[name] for name in ("device", "python", "versions", "commit")}

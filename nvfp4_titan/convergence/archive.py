@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 
 from ..command import check_writable
 from ..errors import ConfigError
+from ..scalars import CONVERSION, EXPERT_TOKENS, NUMERICS, RECORD
 from .launch import REQUEST, read_request
-from .runs import RECORD
 
-_RECORDS = (RECORD, "conversion.json", "tokens_per_expert.json", "numerics.json")
+_RECORDS = (RECORD, CONVERSION, EXPERT_TOKENS, NUMERICS)
 
 
 def pack(folders: Iterable[Path], archive: Path) -> list[str]:

@@ -15,6 +15,9 @@ from ..errors import ConfigError
 from ..scalars import (
     ACTIVE_GIB,
     CHECKSUM,
+    CONVERSION,
+    EXPERT_TOKENS,
+    RECORD,
     STEP_SECONDS,
     TOKENS,
     TOKENS_PER_SECOND,
@@ -23,7 +26,6 @@ from ..scalars import (
     read_scalars,
 )
 
-RECORD = "run_record.json"
 _SAME = (
     ("corpus_sha256",),
     ("tokenizer_sha256",),
@@ -137,8 +139,8 @@ def read_run(folder: Path | str) -> Run:
     run = Run(
         folder,
         read_record(folder),
-        _json(folder / "conversion.json", optional=True),
-        _json(folder / "tokens_per_expert.json", optional=True),
+        _json(folder / CONVERSION, optional=True),
+        _json(folder / EXPERT_TOKENS, optional=True),
         *(
             scalars(tag)
             for tag in (TRAIN_LOSS, VALIDATION_LOSS, STEP_SECONDS, TOKENS_PER_SECOND, ACTIVE_GIB)

@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..numerics import dequantize, quantize, rht
 from ..numerics.quantize import pad_to_blocks
-from . import record
+from ..scalars import RECORD
 from .trainer import NVFP4Trainer
 
 FORMATS = ("nvfp4", "nvfp4_46", "nvfp4_single", "mxfp8")
@@ -46,7 +46,7 @@ class MeasuringTrainer(NVFP4Trainer):
             for name, entries in found.items()
         }
         folder = Path(self.job_config.job.dump_folder)
-        run = json.loads((folder / record.FILE).read_text())
+        run = json.loads((folder / RECORD).read_text())
         about = {key: run[key] for key in ("command", "device", "versions", "corpus_sha256")}
         content = {"sqnr_db": result, "linears": len(found["w"]), **about}
         (folder / FILE).write_text(json.dumps(content, indent=1) + "\n")

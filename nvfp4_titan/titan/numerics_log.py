@@ -19,9 +19,9 @@ import torch
 from torch import distributed, nn
 from torchtitan.tools.logging import logger
 
+from ..scalars import NUMERICS
 from ..training.observe import Observer, add_up
 from ..training.telemetry import Figures, figures, format_worst, insane
-from .record import NUMERICS_FILE
 
 
 class NumericsLog:
@@ -93,7 +93,7 @@ class NumericsLog:
             "lowest_sqnr_db": _finite(lowest),
             "last": {name: _finite(values) for name, values in last.items()},
         }
-        (self._folder / NUMERICS_FILE).write_text(json.dumps(content, indent=1) + "\n")
+        (self._folder / NUMERICS).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _finite(figures: dict[str, float]) -> dict[str, float | None]:

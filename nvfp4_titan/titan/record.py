@@ -16,13 +16,12 @@ from torchtitan.components.metrics import TensorBoardLogger
 from torchtitan.tools import utils
 
 from ..errors import ConfigError
+from ..scalars import CONVERSION, EXPERT_TOKENS, NUMERICS, RECORD
 from ..training import Report
 from ..version import __version__, source_commit
 from . import corpus
 from .datasets import dataset_corpus
 
-FILE, CONVERSION_FILE = "run_record.json", "conversion.json"
-EXPERTS_FILE, NUMERICS_FILE = "tokens_per_expert.json", "numerics.json"
 _COUNTS = "tokens_per_expert"  # torchtitan's name for the buffer of its MoE
 PACKAGES = ("torch", "torchtitan", "torchao", "triton", "datasets", "tokenizers")
 
@@ -32,12 +31,12 @@ def clear(job_config) -> None:
 
     Its record stays until `write` puts this one's in its place: a start may die before.
     """
-    _remove(job_config, CONVERSION_FILE)
+    _remove(job_config, CONVERSION)
 
 
 def clear_outcomes(job_config) -> None:
     """Remove what an earlier start found; where no step is left to train it stands."""
-    _remove(job_config, EXPERTS_FILE, NUMERICS_FILE)
+    _remove(job_config, EXPERT_TOKENS, NUMERICS)
 
 
 def check_text(job_config) -> None:
@@ -49,7 +48,7 @@ def check_text(job_config) -> None:
     Raises:
         ConfigError: it would go on with others.
     """
-    path = Path(job_config.job.dump_folder, FILE)
+    path = Path(job_config.job.dump_folder, RECORD)
     if not path.is_file():
         return
     try:
@@ -111,7 +110,7 @@ def write(job_config, model_parts: list[nn.Module]) -> Path:
         "initial_weights": _energy(model_parts),
         "config": job_config.to_dict(),
     }
-    return _write(job_config, FILE, record)
+    return _write(job_config, RECORD, record)
 
 
 def _tokenizer_sha256(job_config) -> str | None:
@@ -133,7 +132,7 @@ def write_conversion(job_config, report: Report) -> Path:
         "backends": report.backends,
         "entries": [asdict(entry) for entry in report.entries],
     }
-    return _write(job_config, CONVERSION_FILE, content)
+    return _write(job_config, CONVERSION, content)
 
 
 def write_tokens_per_expert(job_config, model_parts: list[nn.Module]) -> Path | None:
@@ -145,7 +144,7 @@ def write_tokens_per_expert(job_config, model_parts: list[nn.Module]) -> Path | 
         Path of `tokens_per_expert.json`; None for a model without experts.
     """
     counts = {name: count.tolist() for name, count in token_counts(model_parts).items()}
-    return _write(job_config, EXPERTS_FILE, counts) if counts else None
+    return _write(job_config, EXPERT_TOKENS, counts) if counts else None
 
 
 def token_counts(model_parts: list[nn.Module]) -> dict[str, torch.Tensor]:

@@ -18,7 +18,8 @@ from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import get_train_spec
 
 from ..errors import ConfigError
-from . import checkpoints, models, record
+from ..scalars import CONVERSION, RECORD
+from . import checkpoints, models
 from .families import Family, args_from_dict, family_of_config, family_of_run, split_experts
 
 OWN_KEY = "nvfp4_titan"
@@ -67,8 +68,8 @@ class Source:
     def __init__(self, path: Path):
         self.path, self.run = _locate(path)
         run = self.run
-        self.record = _json(run / record.FILE) if run else {}
-        conversion = run and run / record.CONVERSION_FILE
+        self.record = _json(run / RECORD) if run else {}
+        conversion = run and run / CONVERSION
         self.conversion = (
             _json(conversion)["entries"] if conversion and conversion.is_file() else []
         )
@@ -237,8 +238,8 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
     """The folder of the weights, and the dump folder of the run, None for Hugging Face's."""
     if not path.is_dir():
         raise ConfigError(f"{path} is not a folder: give a run, a checkpoint or a model")
-    if (path / record.FILE).is_file():
-        folder = path / _json(path / record.FILE)["config"]["checkpoint"]["folder"]
+    if (path / RECORD).is_file():
+        folder = path / _json(path / RECORD)["config"]["checkpoint"]["folder"]
         steps = checkpoints.saved_steps(folder)
         if not steps:
             raise ConfigError(f"{folder} has no checkpoint: train with checkpoint.enable = true")
@@ -252,10 +253,10 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
     if (path / "config.json").is_file():
         return path, None
     for parent in list(path.parents)[:2]:
-        if (parent / record.FILE).is_file():
+        if (parent / RECORD).is_file():
             return path, parent
     raise ConfigError(
-        f"{path} has neither {record.FILE} (a run of -m nvfp4_titan.train, or its checkpoint "
+        f"{path} has neither {RECORD} (a run of -m nvfp4_titan.train, or its checkpoint "
         "inside) nor config.json (a Hugging Face model)"
     )
 

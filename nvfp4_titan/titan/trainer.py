@@ -15,6 +15,7 @@ from torchtitan.train import Trainer
 from torchtitan.train import main as torchtitan_main
 
 from ..errors import ConfigError, DivergedError
+from ..scalars import CHECKSUM
 from ..toml import read_toml
 from ..training.schedule import FormatSchedule
 from . import activation_checkpoint, cpu_runtime, record
@@ -148,7 +149,7 @@ class NVFP4Trainer(Trainer):
         self.steps_done += 1
         if self.metrics_processor.should_log(self.step):
             # 24 bits: TensorBoard keeps fp32.
-            checksum = {"data/checksum": self.checksum & 0xFFFFFF}
+            checksum = {CHECKSUM: self.checksum & 0xFFFFFF}
             self.metrics_processor.logger.log(checksum, self.step)
         saves = self.saves and self.step % self.job_config.checkpoint.interval == 0
         last = self.step == self.job_config.training.steps

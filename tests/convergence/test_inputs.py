@@ -15,11 +15,12 @@ from support import processes_naming
 from nvfp4_titan.command import result_file
 from nvfp4_titan.convergence.archive import carried
 from nvfp4_titan.convergence.check import Plan, run_all
-from nvfp4_titan.convergence.runs import RECORD, read_run
+from nvfp4_titan.convergence.runs import read_run
 from nvfp4_titan.convergence.slots import Slots
 from nvfp4_titan.convergence.variants import parse_variant
 from nvfp4_titan.convergence.verdict import Thresholds
 from nvfp4_titan.errors import ConfigError
+from nvfp4_titan.scalars import RECORD
 
 PAIR = tuple(map(parse_variant, ("bf16", "nvfp4")))
 
