@@ -22,6 +22,7 @@ from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
 from ..errors import ConfigError
+from ..scalars import RECORD
 
 _MODEL_ONLY = "it holds the model alone, nothing to resume from"
 _STEP = re.compile(r"step-(\d+)")
@@ -105,7 +106,8 @@ def choose_step(folder: Path) -> int:
         found[0], messages = newest_whole_step(folder)
         for message in messages:
             logger.warning(message)
-        if messages and found[0] == -1:
+        # Not where checkpoints lie in the dump folder itself, beside the rest of the run.
+        if found[0] == -1 and folder.is_dir() and not (folder / RECORD).is_file():
             aside = _unused(folder)
             os.rename(folder, aside)
             logger.warning(f"No checkpoint is whole: {folder} is now {aside}, the run starts anew")

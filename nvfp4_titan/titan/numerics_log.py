@@ -22,6 +22,7 @@ from torchtitan.tools.logging import logger
 from ..scalars import NUMERICS
 from ..training.observe import Observer, add_up
 from ..training.telemetry import Figures, figures, format_worst, insane
+from .pipeline import stages
 
 
 class NumericsLog:
@@ -104,8 +105,7 @@ def _finite(figures: dict[str, float]) -> dict[str, float | None]:
 def _forget_metadata_inference(pp_schedule, observer: Observer) -> None:
     """Have the observer forget what stages compute only to find out shapes and dtypes.
 
-    Before their first microbatch, and again between validation and training, they send zeros, ones
-    or uninitialized memory through the model.
+    See pipeline.py.
     """
 
     def forgetting(prepare):
@@ -117,7 +117,7 @@ def _forget_metadata_inference(pp_schedule, observer: Observer) -> None:
 
         return prepare_and_forget
 
-    for stage in getattr(pp_schedule, "_stages", None) or [pp_schedule._stage]:
+    for stage in stages(pp_schedule):
         for name in ("_prepare_forward_infra", "_prepare_backward_infra"):
             setattr(stage, name, forgetting(getattr(stage, name)))
 

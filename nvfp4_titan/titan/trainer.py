@@ -30,6 +30,7 @@ from .converter import (
     without_settings,
 )
 from .numerics_log import NumericsLog
+from .pipeline import keep_token_counts
 from .qat import prepare_by_settings
 from .sharding import meta_model
 from .stopping import StopRequest
@@ -63,6 +64,8 @@ class NVFP4Trainer(Trainer):
         frequency = job_config.nvfp4.numerics_log_freq if converted else 0
         folder = Path(job_config.job.dump_folder)
         schedule = getattr(self, "pp_schedule", None)
+        if schedule is not None:
+            keep_token_counts(schedule, self.model_parts)
         self.numerics = NumericsLog(self.model_parts, frequency, folder, schedule)
         cpu_runtime.prepare_trainer(self.model_parts)
         if keeps_record:

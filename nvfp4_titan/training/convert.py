@@ -320,6 +320,8 @@ def _experts(model: nn.Module) -> list[_Site]:
                 obstacle = "3D weight of a module without num_experts"
             elif type(module).forward is nn.Module.forward:
                 obstacle = "its module has no forward, so others read the weight"
+            elif "forward" in module.__dict__:
+                obstacle = "its module's forward was replaced, and would not be this one's"
             shape = tuple(weight.shape)
             flops = 2 * shape[1] * shape[2] * top_k
             names = (f"{fqn}.{name}" if fqn else name, fqn)

@@ -164,6 +164,11 @@ class QuantizedGemm(torch.autograd.Function):
             w_rows = _kept(w_kept[:4], use(recipe, "fprop", "right"), w.shape[-1])
             w_cols = _kept(w_kept[4:], use(recipe, "dgrad", "right"), w.shape[-2])
         elif isinstance(weight, GatheredWeight):
+            if weight.transposed:
+                raise UnsupportedError(
+                    "a weight that FSDP gathers in codes is multiplied turned, along the other dim "
+                    "than its codes run: keep it (N, K), or set nvfp4.fp4_all_gather = false"
+                )
             tensors = weight.codes, weight.scale, weight.amax
             w_rows = gathered_operand(*tensors, w.shape[-1], recipe.fprop.right, w.dtype)
             w_cols = None

@@ -163,3 +163,16 @@ def test_a_save_that_fails_says_so(train, single_rank, mode):
     with pytest.raises(ConfigError, match=r"cannot be saved in .*step-2.*: make room there"):
         train(*argv)
     assert newest_whole_step(folder)[0] == 1
+
+
+@pytest.mark.parametrize("stray", [False, True])
+def test_a_folder_without_checkpoints_does_not_hide_what_to_start_from(train, single_rank, stray):
+    train(*FOUR_STEPS, NVFP4, folder="base")
+    load = f"--checkpoint.initial_load_path={single_rank}/base/checkpoint/step-2"
+    argv = (*FOUR_STEPS, NVFP4, load, "--training.steps=1")
+    wanted = train(*argv, folder="wanted")
+    folder = single_rank / "out" / "checkpoint"
+    folder.mkdir(parents=True)
+    if stray:
+        (folder / "notes").touch()
+    assert train(*argv) == wanted

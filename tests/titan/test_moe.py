@@ -161,3 +161,20 @@ def test_expert_parallel_run(tmp_path):
         assert list(logged_losses(tmp_path)) == list(range(1, steps + 1))
     counts = json.loads((tmp_path / "tokens_per_expert.json").read_text())
     assert len(counts) == 5
+
+
+def test_shapes_that_pipeline_stages_find_out_count_no_tokens():
+    from types import SimpleNamespace
+
+    from torch import nn
+
+    from nvfp4_titan.titan.pipeline import keep_token_counts
+
+    moe = nn.Module()
+    moe.register_buffer("tokens_per_expert", torch.tensor([3.0, 5.0]))
+    model = nn.ModuleDict({"moe": moe})
+    stage = SimpleNamespace(_prepare_forward_infra=lambda: moe.tokens_per_expert.fill_(64))
+    for schedule in (SimpleNamespace(_stage=stage), SimpleNamespace(_stages=[stage])):
+        keep_token_counts(schedule, [model])
+        stage._prepare_forward_infra()
+        assert moe.tokens_per_expert.tolist() == [3.0, 5.0]

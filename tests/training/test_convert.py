@@ -140,6 +140,14 @@ def test_training_mode_and_meta():
 
 
 def test_what_cannot_be_converted_is_kept_with_the_reason():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_experts, self.kernel = 4, nn.Parameter(torch.randn(4, 8, 8))
+
+        def forward(self, x):
+            return x
+
     class Special(nn.Linear):
         pass
 
@@ -149,12 +157,15 @@ def test_what_cannot_be_converted_is_kept_with_the_reason():
     model.encoder = nn.TransformerEncoderLayer(32, 2, 64)
     model.other = nn.Module()
     model.other.kernel = nn.Parameter(torch.randn(4, 8, 8))
+    model.patched = Experts()
+    model.patched.forward = lambda x: x
     report = convert(model, backend="reference")
     reasons = {entry.fqn: entry.reason for entry in report.entries if not entry.converted}
     assert "Special" in reasons["layers.0.wq"]
     assert "forward of its own" in reasons["layers.1.wq"]
     assert "fast path" in reasons["encoder.linear1"]
     assert "num_experts" in reasons["other.kernel"]
+    assert "forward was replaced" in reasons["patched.kernel"]
     with pytest.raises(ConfigError, match="is a Special"):
         model = Model()
         model.layers["0"].wq = Special(32, 32)

@@ -5,7 +5,9 @@ import torch
 from support import relative_error
 
 from nvfp4_titan import RECIPES
-from nvfp4_titan.errors import ConfigError
+from nvfp4_titan.backends import BACKENDS, OperandUse
+from nvfp4_titan.distributed import GatheredWeight, amax_in_dtypes
+from nvfp4_titan.errors import ConfigError, UnsupportedError
 from nvfp4_titan.recipe import GemmFormat, OperandFormat, Recipe
 from nvfp4_titan.training import grouped_mm, key_tensor, linear
 
@@ -218,3 +220,16 @@ def test_errors_name_the_fix(change, fragment):
     } | change
     with pytest.raises(ConfigError, match=fragment):
         grouped_mm(**arguments, backend="reference")
+
+
+def test_weights_gathered_in_codes_are_not_turned():
+    """Their blocks run along K: multiplied the other way they would be other weights."""
+    w, fmt = torch.randn(2, 32, 32), OperandFormat(block=(16, 16))
+    operand, _ = BACKENDS["reference"].quantize(w, OperandUse(fmt, 0), None)
+    parts = operand.codes, operand.block_scale, amax_in_dtypes(operand.amax), OperandFormat()
+    gathered = GatheredWeight(*parts, w.shape, w.dtype)
+    x, offs = torch.randn(8, 32), torch.tensor([4, 8], dtype=torch.int32)
+    y = grouped_mm(x, gathered.transpose(-2, -1), offs, backend="reference")
+    assert relative_error(y[:4], x[:4] @ w[0].T) < 0.3
+    with pytest.raises(UnsupportedError, match="multiplied turned"):
+        grouped_mm(x, gathered, offs, backend="reference")
