@@ -157,9 +157,9 @@ def test_a_checkpoint_asked_for_by_name_must_be_whole(train, single_rank):
 def test_a_save_that_fails_says_so(train, single_rank, mode):
     """Not that a checkpoint cannot be read; what was saved before stays whole."""
     folder = single_rank / "out" / "checkpoint"
-    folder.mkdir(parents=True)
-    (folder / "step-2").touch()  # where a folder must be made
     argv = (*FOUR_STEPS, NVFP4, "--checkpoint.interval=1", f"--checkpoint.async_mode={mode}")
+    train(*argv, "--training.steps=1", "--lr_scheduler.total_steps=4")
+    (folder / "step-2").touch()  # where a folder must be made
     with pytest.raises(ConfigError, match=r"cannot be saved in .*step-2.*: make room there"):
         train(*argv)
     assert newest_whole_step(folder)[0] == 1
