@@ -35,11 +35,12 @@ def result_file(output: Path, suffix: str) -> Path:
 
 def markdown_table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
     """Lines of a Markdown table; "|" in a cell stays in it."""
-    lines = [
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |"
-        for row in (head, *rows)
-    ]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+    return [markdown_row(head), "|" + "---|" * len(head), *map(markdown_row, rows)]
+
+
+def markdown_row(cells: Iterable[object]) -> str:
+    """A line of `markdown_table`."""
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def check_writable(path: Path) -> None:

@@ -28,6 +28,7 @@ from ..backends import BACKENDS, Backend, OperandUse
 from ..backends.native import NATIVE, NATIVE_SOFTWARE_SR, STAND_IN, refusal
 from ..backends.native_gemm import grouped_refusal
 from ..backends.native_layout import from_oracle
+from ..command import markdown_row
 from ..numerics import QuantizedOperand, dequantize
 from ..numerics.rounding import unpack_codes
 from ..recipe import OperandFormat
@@ -59,8 +60,7 @@ class Check:
     def row(self) -> str:
         """A row of the report's table."""
         word = {True: "pass", False: "FAIL", None: "-"}[self.passed]
-        cells = (self.name, self.found, self.bar, word)
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return markdown_row((self.name, self.found, self.bar, word))
 
 
 @cache

@@ -42,7 +42,7 @@ class Converter(ModelConverter):
             keep_no_codes(model)
         if _has_converted_experts(report):
             align_token_groups()
-        if not distributed.is_initialized() or distributed.get_rank() == 0:
+        if first_rank():
             logger.info(f"{self.title}{report}")
             record.write_conversion(self.job_config, report)
 
@@ -89,6 +89,11 @@ class NVFP4Converter(Converter):
         self.settle(model, report)
 
 
+def first_rank() -> bool:
+    """Whether this process speaks for all; also before there are others."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
 def frees_weights(job_config: JobConfig, parallel_dims: ParallelDims) -> bool:
     """Whether FSDP frees gathered weights between a layer's forward and its backward."""
     policy = job_config.parallelism.fsdp_reshard_after_forward
@@ -108,8 +113,7 @@ def _keeps_weights(job_config: JobConfig, parallel_dims: ParallelDims) -> bool:
 
 
 def _warn_of_sharded_weights(settings) -> None:
-    first = not distributed.is_initialized() or distributed.get_rank() == 0
-    if first and not settings.fp4_all_gather:
+    if first_rank() and not settings.fp4_all_gather:
         logger.warning(
             "nvfp4.keep_weights = 'always' keeps nothing of weights that FSDP shards: set "
             "nvfp4.fp4_all_gather = true, whose shards are kept in codes"

@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from torchtitan.tools.logging import logger
 from ..scalars import NUMERICS
 from ..training.observe import Observer, add_up
 from ..training.telemetry import Figures, figures, format_worst, insane
-from .pipeline import stages
+from .pipeline import BACKWARD, FORWARD, around_shape_inference
 
 
 class NumericsLog:
@@ -41,10 +40,15 @@ class NumericsLog:
         self._frequency, self._folder = frequency, folder
         self._observer = Observer(model_parts) if frequency else None
         if self._observer and pp_schedule is not None:
-            _forget_metadata_inference(pp_schedule, self._observer)
+            around_shape_inference(pp_schedule, self._forgetting, [FORWARD, BACKWARD])
         self._last: Figures = {}
         self._lowest: dict[tuple[str, str], float] = {}
         self._warned: dict[tuple[str, str, str], str] = {}
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        yield
+        self._observer.forget()
 
     @contextmanager
     def step(self, step: int, metrics_processor) -> Iterator[None]:
@@ -100,26 +104,6 @@ class NumericsLog:
 def _finite(figures: dict[str, float]) -> dict[str, float | None]:
     """Figures as JSON has them: of a run that diverged some are NaN, which it has not."""
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
-
-
-def _forget_metadata_inference(pp_schedule, observer: Observer) -> None:
-    """Have the observer forget what stages compute only to find out shapes and dtypes.
-
-    See pipeline.py.
-    """
-
-    def forgetting(prepare):
-        @wraps(prepare)
-        def prepare_and_forget(*args, **kwargs):
-            found = prepare(*args, **kwargs)
-            observer.forget()
-            return found
-
-        return prepare_and_forget
-
-    for stage in stages(pp_schedule):
-        for name in ("_prepare_forward_infra", "_prepare_backward_infra"):
-            setattr(stage, name, forgetting(getattr(stage, name)))
 
 
 def _of_all_ranks(own: dict) -> list[dict]:

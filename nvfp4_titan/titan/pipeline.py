@@ -5,34 +5,41 @@ uninitialized memory through the model. torchtitan's MoE layers count it as toke
 moves the balance between them.
 """
 
-from functools import wraps
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial, wraps
 
-import torch
 from torch import nn
 
-from .record import token_counts
+from .record import kept_token_counts
+
+FORWARD, BACKWARD = "_prepare_forward_infra", "_prepare_backward_infra"
 
 
-def stages(pp_schedule) -> list:
-    """The stages of this rank in one of torch's pipeline schedules."""
-    return getattr(pp_schedule, "_stages", None) or [pp_schedule._stage]
+def around_shape_inference(
+    pp_schedule, context: Callable[[], AbstractContextManager], passes: Sequence[str]
+) -> None:
+    """Have the stages of one of torch's pipeline schedules find out shapes inside a context.
+
+    Args:
+        pp_schedule: torch.distributed.pipelining's; its stages are changed in place.
+        context: Makes the context.
+        passes: Of FORWARD and BACKWARD.
+    """
+
+    def inside(prepare):
+        @wraps(prepare)
+        def prepare_inside(*args, **kwargs):
+            with context():
+                return prepare(*args, **kwargs)
+
+        return prepare_inside
+
+    for stage in getattr(pp_schedule, "_stages", None) or [pp_schedule._stage]:
+        for name in passes:
+            setattr(stage, name, inside(getattr(stage, name)))
 
 
 def keep_token_counts(pp_schedule, model_parts: list[nn.Module]) -> None:
     """Have a schedule's stages leave the counts of experts' tokens as they were; in place."""
-
-    def keeping(prepare):
-        @wraps(prepare)
-        def prepare_and_restore(*args, **kwargs):
-            counts = token_counts(model_parts).values()
-            before = [count.clone() for count in counts]
-            found = prepare(*args, **kwargs)
-            with torch.no_grad():
-                for count, kept in zip(counts, before, strict=True):
-                    count.copy_(kept)
-            return found
-
-        return prepare_and_restore
-
-    for stage in stages(pp_schedule):
-        stage._prepare_forward_infra = keeping(stage._prepare_forward_infra)
+    around_shape_inference(pp_schedule, partial(kept_token_counts, model_parts), [FORWARD])

@@ -1,6 +1,6 @@
 """The `qat` model converter: trains for a deploy recipe, as the [qat] section says."""
 
-from torch import distributed, nn
+from torch import nn
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
@@ -8,7 +8,7 @@ from torchtitan.tools.logging import logger
 from ..deploy import get_deploy_recipe, prepare
 from ..errors import ConfigError, UnsupportedError
 from ..training import Report, track_weights
-from .converter import Converter, without_settings
+from .converter import Converter, first_rank, without_settings
 from .families import FAMILIES, FUSED
 
 
@@ -34,8 +34,7 @@ class QATConverter(Converter):
             track_weights(model, shared=FUSED if settings.share_scales else ())
         self.settle(model, report)
         name = self.job_config.model.name
-        first = not distributed.is_initialized() or distributed.get_rank() == 0
-        if first and name not in (family.name for family in FAMILIES):
+        if first_rank() and name not in (family.name for family in FAMILIES):
             logger.warning(
                 f"finalize.py will not read {name}: export it by torchtitan's own Hugging Face "
                 "checkpoints, and quantize it elsewhere"

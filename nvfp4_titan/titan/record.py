@@ -3,6 +3,8 @@
 import json
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -155,6 +157,16 @@ def token_counts(model_parts: list[nn.Module]) -> dict[str, torch.Tensor]:
         for name, buffer in buffers
         if name.endswith(_COUNTS)
     }
+
+
+@contextmanager
+def kept_token_counts(model_parts: list[nn.Module]) -> Iterator[None]:
+    """Have what runs inside leave the counts of experts' tokens as they were."""
+    counts = token_counts(model_parts).values()
+    before = [count.clone() for count in counts]
+    yield
+    for count, kept in zip(counts, before, strict=True):
+        count.copy_(kept)
 
 
 def uses_cuda_graphs(job_config) -> bool:

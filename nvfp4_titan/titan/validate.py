@@ -8,7 +8,7 @@ from torch import nn
 from torch._inductor import config as inductor
 from torchtitan.components.validate import Validator
 
-from .record import token_counts
+from .record import kept_token_counts
 
 
 class PlainAttentionValidator(Validator):
@@ -63,13 +63,9 @@ def prepare_validator(
     by_frequency, validate = validator.should_validate, validator.validate
 
     def prepared(model_parts: list[nn.Module], step: int) -> None:
-        counts = token_counts(model_parts)
-        before = [count.clone() for count in counts.values()]
-        with inductor.patch("triton.cudagraphs", False), formats():
+        kept = kept_token_counts(model_parts) if step != steps else nullcontext()
+        with kept, inductor.patch("triton.cudagraphs", False), formats():
             validate(model_parts, step)
-        if step != steps:
-            for count, kept in zip(counts.values(), before, strict=True):
-                count.copy_(kept)
 
     validator.should_validate = lambda step: step == steps or by_frequency(step)
     validator.validate = prepared

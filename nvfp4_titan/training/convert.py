@@ -120,11 +120,13 @@ class Chosen:
     report: Report
 
     def linears(self) -> dict[str, nn.Linear]:
-        """The linears to convert by FQN, one of their names each."""
+        """The linears to convert by FQN; one that is registered twice is there twice."""
         pairs = zip(self.sites, self.choices, strict=True)
-        chosen = [s for s, choice in pairs if s.kind == LINEAR and choice.recipe.quantized]
-        names = {site.module: site.names[0] for site in reversed(chosen)}
-        return {name: module for module, name in names.items()}
+        return {
+            site.names[0]: site.module
+            for site, choice in pairs
+            if site.kind == LINEAR and choice.recipe.quantized
+        }
 
 
 def choose(model: nn.Module, selection: Selection, experts: bool) -> Chosen:
