@@ -5,6 +5,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+import torch
 from tokenizers import Tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -35,6 +36,7 @@ def check(job_config: JobConfig, world_size: int) -> None:
     """
     dims = check_shape(job_config, world_size)
     _check_optimizer(job_config.optimizer.name)
+    _check_compile(job_config, dims)
     check_cuda_graphs(job_config, dims)
     if set(OURS) & set(job_config.model.converters):
         check_early_steps(job_config, dims)
@@ -82,6 +84,19 @@ def _check_optimizer(name: str) -> None:
     if name not in _OPTIMIZERS:
         raise ConfigError(
             f"optimizer.name {name!r} is unknown to torchtitan: use one of {', '.join(_OPTIMIZERS)}"
+        )
+
+
+_TP_COMPILES_BEFORE = "2.12"
+"""torch 2.11 compiles models under TP; 2.13 does not, and 2.12 was not tried."""
+
+
+def _check_compile(job_config: JobConfig, dims: ParallelDims) -> None:
+    compiles = job_config.compile.enable and "model" in job_config.compile.components
+    if compiles and dims.tp_enabled and torch.__version__ >= _TP_COMPILES_BEFORE:
+        raise UnsupportedError(
+            f"torch {torch.__version__} loses the gradient of the embedding where torchtitan "
+            "compiles a model under TP: set --compile.no-enable, or use torch 2.11"
         )
 
 
@@ -181,6 +196,12 @@ def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
         raise ConfigError(
             f"expert_parallel_degree = {p.expert_parallel_degree} does not divide the {ranks} "
             "ranks of data, context and tensor parallelism: change NGPU or the degree"
+        )
+    if p.expert_parallel_degree > 1 and shard * p.context_parallel_degree == 1:
+        raise ConfigError(
+            f"expert_parallel_degree = {p.expert_parallel_degree} on ranks of TP alone fails in "
+            "torchtitan: give data or context parallelism two ranks or more, or set it to 1, and TP "
+            "shards the experts"
         )
     if p.context_parallel_degree > 1 and cpu_runtime.active():
         raise UnsupportedError(

@@ -18,7 +18,7 @@ from ..errors import ConfigError, DivergedError
 from ..scalars import CHECKSUM
 from ..toml import read_toml
 from ..training.schedule import FormatSchedule
-from . import activation_checkpoint, cpu_runtime, record
+from . import activation_checkpoint, cpu_runtime, moe_backward, record
 from .checkpoints import checkpoint_folder, choose_step, explain_failures, newest_whole_step
 from .checks import check
 from .converter import (
@@ -68,6 +68,7 @@ class NVFP4Trainer(Trainer):
             keep_token_counts(schedule, self.model_parts)
         self.numerics = NumericsLog(self.model_parts, frequency, folder, schedule)
         cpu_runtime.prepare_trainer(self.model_parts)
+        moe_backward.complete(self.model_parts, self.parallel_dims)
         if keeps_record:
             record.write(job_config, self.model_parts)
         self.stop = StopRequest()

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.torch_version import TorchVersion
 
 from nvfp4_titan.errors import UnsupportedError, UserError
 from nvfp4_titan.titan.launcher import main
@@ -152,6 +154,30 @@ def test_offloading_needs_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(checks.cpu_runtime, "active", lambda: True)
     with pytest.raises(UserError, match="enable_cpu_offload needs a GPU"):
         preflight([f"--job.config_file={CONFIG}", "--training.enable_cpu_offload"], 1)
+
+
+def test_tp_is_compiled_where_torch_can(tmp_path, monkeypatch):
+    from nvfp4_titan.titan.trainer import preflight
+
+    monkeypatch.chdir(tmp_path)
+    argv = [f"--job.config_file={CONFIG}", "--parallelism.tensor_parallel_degree=2"]
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.0+cpu"))
+    with pytest.raises(UserError, match="set --compile.no-enable"):
+        preflight([*argv, "--compile.enable"], 2)
+    preflight(argv, 2)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
+    preflight([*argv, "--compile.enable"], 2)
+
+
+def test_ep_needs_more_than_the_ranks_of_tp(tmp_path, monkeypatch):
+    from nvfp4_titan.titan.trainer import preflight
+
+    monkeypatch.chdir(tmp_path)
+    argv = [f"--job.config_file={Path(CONFIG).with_name('deepseek_v3_debug.toml')}"]
+    argv += [f"--parallelism.{kind}_parallel_degree=2" for kind in ("tensor", "expert")]
+    with pytest.raises(UserError, match="on ranks of TP alone"):
+        preflight(argv, 2)
+    preflight(argv, 4)
 
 
 def test_a_folder_of_checkpoints_is_no_checkpoint(tmp_path, monkeypatch):
