@@ -200,8 +200,8 @@ def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
     if p.expert_parallel_degree > 1 and shard * p.context_parallel_degree == 1:
         raise ConfigError(
             f"expert_parallel_degree = {p.expert_parallel_degree} on ranks of TP alone fails in "
-            "torchtitan: give data or context parallelism two ranks or more, or set it to 1, and TP "
-            "shards the experts"
+            "torchtitan: give data or context parallelism two ranks or more, or set it to 1 (TP "
+            "shards the experts, then)"
         )
     if p.context_parallel_degree > 1 and cpu_runtime.active():
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""MoE models under TP have the gradients of one process; torchtitan 0.2.2 alone does not give them."""
+"""MoE models under TP have the gradients of one process, which torchtitan alone does not give."""
 
 from dataclasses import replace
 
