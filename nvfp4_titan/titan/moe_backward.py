@@ -1,9 +1,9 @@
 """What torchtitan 0.2.2 leaves out of the backward of MoE layers under tensor parallelism.
 
-Two sums over TP ranks are missing. One is that of the scores' gradients, of which each rank holds a
-part: routers learn from it alone, and drift apart (torchtitan's issue 2387, mended later). The other
-is that of tokens' gradients where EP borrows ranks of TP: a token's ends on the rank that sent it to
-its experts, and another may read it. `complete` supplies both with hooks.
+Two sums over TP ranks are missing. One is that of the scores' gradients, of which each rank holds
+a part: routers learn from it alone, and drift apart (torchtitan's issue 2387, mended later). The
+other is that of tokens' gradients where EP borrows ranks of TP: a token's ends on the rank that
+sent it to its experts, and another may read it. `complete` supplies both with hooks.
 """
 
 from functools import partial
