@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import distributed
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
@@ -39,14 +40,19 @@ def fault(folder: Path, *, resumable: bool = True) -> str | None:
         return _MODEL_ONLY
     if not (folder / ".metadata").is_file():
         return "its save was cut off (there is no .metadata)"
-    try:
-        metadata = FileSystemReader(folder).read_metadata()
-    except (EOFError, pickle.UnpicklingError, AttributeError) as error:
-        return f"its .metadata cannot be read ({error})"
     # A seed checkpoint, step 0, is a model to start from.
     resumable = resumable and folder.name != "step-0"
-    if resumable and "train_state.step" not in metadata.state_dict_metadata:
-        return _MODEL_ONLY
+    try:
+        metadata = FileSystemReader(folder).read_metadata()
+        if resumable and "train_state.step" not in metadata.state_dict_metadata:
+            return _MODEL_ONLY
+        return _short_file(folder, metadata)
+    except Exception as error:  # a damaged pickle raises anything, or gives anything
+        return f"its .metadata cannot be read ({type(error).__name__}: {error})"
+
+
+def _short_file(folder: Path, metadata: Metadata) -> str | None:
+    """What says that a file lacks bytes which a checkpoint's metadata name, or None."""
     ends = {}
     for part in metadata.storage_data.values():
         ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
@@ -141,7 +147,8 @@ def explain_failures(checkpointer: CheckpointManager, folder: Path) -> None:
             raise ConfigError(
                 f"a checkpoint cannot be read ({reason}): check that "
                 "checkpoint.initial_load_path or checkpoint.load_step names a whole one of this "
-                f"model (those of this run are in {folder})"
+                f"model (those of this run are in {folder}: move a damaged one away to go on from "
+                "the one before it)"
             ) from error
 
     def explained(save: Callable) -> Callable:

@@ -124,7 +124,12 @@ def test_which_checkpoints_are_whole(train, single_rank):
     (folder / "step-2" / ".metadata").unlink()
     assert newest_whole_step(folder)[0] == 1
     metadata = folder / "step-1" / ".metadata"
-    metadata.write_bytes(metadata.read_bytes()[:50])
+    whole = metadata.read_bytes()
+    for place in range(0, len(whole), 1009):  # a bit that flipped
+        metadata.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        step, messages = newest_whole_step(folder)
+        assert step == 1 or "cannot be read" in messages[-1]
+    metadata.write_bytes(whole[:50])
     step, messages = newest_whole_step(folder)
     assert step == -1 and len(messages) == 3
     assert newest_whole_step(folder / "nowhere") == (-1, [])
