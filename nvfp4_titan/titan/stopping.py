@@ -11,16 +11,26 @@ after, it is how Python ends them.
 import multiprocessing
 import os
 import signal
+import time
 
 import torch
 from torch import distributed
 
 
 class StopRequest:
-    """Notes SIGTERM while it is installed (a context manager; main thread only)."""
+    """Notes SIGTERM while it is installed (a context manager; main thread only).
 
-    def __init__(self):
+    Ranks ask each other at steps that they agree on, about every `seconds`: to ask waits for the
+    device, and torchrun kills ranks 30 seconds after the signal.
+
+    Args:
+        seconds: Time between two questions.
+    """
+
+    def __init__(self, seconds: float = 5.0):
         self._here = False
+        self._seconds = seconds
+        self._asked, self._next = None, 0
         # No Event: its lock could be held where the signal comes in.
         self._training = multiprocessing.RawValue("b", False)
 
@@ -46,14 +56,29 @@ class StopRequest:
     def _note(self, number, frame) -> None:
         self._here = True
 
-    def anywhere(self, device: torch.device) -> bool:
+    def due(self, step: int) -> bool:
+        """Whether it is time to ask, the same on all ranks.
+
+        Args:
+            step: The step that was done last.
+        """
+        return distributed.get_world_size() == 1 or step >= self._next
+
+    def anywhere(self, device: torch.device, step: int) -> bool:
         """Whether any rank was told to stop; all ranks call it at the same step.
 
         Args:
             device: Where the process group reduces.
+            step: The step that was done last.
         """
         if distributed.get_world_size() == 1:
             return self._here
-        told = torch.tensor(int(self._here), device=device)
-        distributed.all_reduce(told, distributed.ReduceOp.MAX)
+        now, pace = time.monotonic(), self._seconds
+        if self._asked is not None:
+            then, earlier = self._asked
+            pace = (now - then) / max(step - earlier, 1)
+        answer = torch.tensor([float(self._here), pace], device=device)
+        distributed.all_reduce(answer, distributed.ReduceOp.MAX)
+        told, pace = answer.tolist()
+        self._asked, self._next = (now, step), step + max(int(self._seconds / max(pace, 1e-3)), 1)
         return bool(told)

@@ -110,9 +110,10 @@ class NVFP4Trainer(Trainer):
         if not super().should_continue_training():
             return False
         checkpoint = self.job_config.checkpoint
-        # Asking the other ranks waits for the device: where torchtitan waits anyway.
-        asks = distributed.get_world_size() == 1 or self.metrics_processor.should_log(self.step)
-        if not (self.saves and self.steps_done and asks and self.stop.anywhere(self.device)):
+        # Asking the other ranks waits for the device: where torchtitan waits anyway, or in time.
+        asks = self.metrics_processor.should_log(self.step) or self.stop.due(self.step)
+        asks = asks and self.saves and self.steps_done
+        if not (asks and self.stop.anywhere(self.device, self.step)):
             return True
         if self.step % checkpoint.interval:
             record.flush(self.metrics_processor)

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import free_port, train_on_ranks
+from ranks import free_port, spawn, train_on_ranks
 from support import logged_losses, processes_naming
 
 from nvfp4_titan.titan.checkpoints import newest_whole_step
+from nvfp4_titan.titan.stopping import StopRequest
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = (
@@ -149,6 +150,28 @@ def test_a_signal_to_the_whole_job_saves_it(tmp_path):
     (told,) = re.findall(r"Told to stop: step (\d+) is saved", "".join(lines))
     assert newest_whole_step(tmp_path / "checkpoint") == (int(told), [])
     assert not processes_naming(tmp_path)
+
+
+def steps_until_told(rank, device):
+    """Steps of 50 ms on one rank and 100 ms on the other, which is told after a second."""
+    stop, start, asked = StopRequest(seconds=0.5), time.monotonic(), []
+    with stop:
+        for step in range(1, 200):
+            time.sleep(0.05 * (1 + rank))
+            if rank and time.monotonic() - start > 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if stop.due(step):
+                asked.append(step)
+                if stop.anywhere(device, step):
+                    break
+    return step, asked, time.monotonic() - start
+
+
+def test_ranks_ask_each_other_in_time(tmp_path):
+    """However seldom steps are logged; and not at every step."""
+    (step, asked, seconds), other = spawn(steps_until_told, "cpu", 2, tmp_path)
+    assert (step, asked) == other[:2]
+    assert 1 < seconds < 5 and len(asked) < 8 < step
 
 
 LONG_DOCUMENTS = """
