@@ -10,9 +10,10 @@ import os
 import sys
 
 from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from ..command import reporting
+from ..command import INTERRUPTED, reporting
 from ..errors import ConfigError
 from . import cpu_runtime
 
@@ -23,9 +24,13 @@ _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 def main(argv: list[str] | None = None) -> int:
     """Train as torchtitan's command line says; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if not all(name in os.environ for name in _TORCHRUN_VARIABLES):
-        return _start_job(argv)
-    train(argv)
+    try:
+        if not all(name in os.environ for name in _TORCHRUN_VARIABLES):
+            return _start_job(argv)
+        train(argv)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from its last checkpoint", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
@@ -93,4 +98,7 @@ def _spawn(workers: int, argv: list[str]) -> int:
     except ChildFailedError as failure:
         print(failure, file=sys.stderr)
         return failure.get_first_failure()[1].exitcode
+    except SignalException as told:
+        print(f"stopped by {told.sigval.name}; the workers have ended", file=sys.stderr)
+        return 128 + told.sigval
     return 0

@@ -1,12 +1,14 @@
 """Bad input ends in one line that names the fix, exit status 2, no traceback."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.torch_version import TorchVersion
 
 from nvfp4_titan.errors import UnsupportedError, UserError
@@ -154,6 +156,24 @@ def test_offloading_needs_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(checks.cpu_runtime, "active", lambda: True)
     with pytest.raises(UserError, match="enable_cpu_offload needs a GPU"):
         preflight([f"--job.config_file={CONFIG}", "--training.enable_cpu_offload"], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "status"),
+    [
+        ("train", KeyboardInterrupt(), 130),
+        ("torchrun.main", SignalException("told", signal.SIGTERM), 143),
+    ],
+)
+def test_who_stops_a_job_needs_no_traceback(name, error, status, start, monkeypatch):
+    def stop(*args):
+        raise error
+
+    monkeypatch.setenv("NGPU", "1" if name == "train" else "2")
+    monkeypatch.setattr(f"nvfp4_titan.titan.launcher.{name}", stop)
+    ended, _, said = start()
+    assert ended == status
+    assert "interrupted: " in said or "stopped by SIGTERM" in said
 
 
 def test_tp_is_compiled_where_torch_can(tmp_path, monkeypatch):
