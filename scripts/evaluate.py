@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from nvfp4_titan.command import reporting
+from nvfp4_titan.command import reporting, result_file
 from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.titan import cpu_runtime
 
@@ -56,6 +56,9 @@ def main(
         raise ConfigError(f"{missing[0]} is not a folder: give runs, checkpoints or models")
     if not models:
         raise ConfigError("no model is named: give a run, a checkpoint or a model")
+    if output is not None:
+        for suffix in (".json", ".md", ".png"):
+            result_file(output, suffix)
     about = {"command": sys.argv, "device": device, "torch": torch.__version__}
     about |= {"dataset": dataset, "seq_len": seq_len}
     rows = {}

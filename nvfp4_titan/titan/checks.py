@@ -58,7 +58,7 @@ def check(job_config: JobConfig, world_size: int) -> None:
 def check_shape(job_config: JobConfig, world_size: int) -> ParallelDims:
     """Check model, sizes and degrees alone; arguments and errors as of `check`."""
     _check_types(job_config)
-    _check_model(job_config.model)
+    check_model(job_config.model)
     _check_parallelism(job_config, world_size)
     dims = parallel_dims(job_config, world_size)
     _check_sizes(job_config, dims.dp_replicate * dims.dp_shard)
@@ -152,7 +152,12 @@ def _warn_of_unused(job_config: JobConfig) -> None:
             )
 
 
-def _check_model(model) -> None:
+def check_model(model) -> None:
+    """Check the settings of a [model].
+
+    Raises:
+        ConfigError: a model, a flavor or a converter that is unknown.
+    """
     try:
         flavors = get_train_spec(model.name).model_args
     except ValueError as error:

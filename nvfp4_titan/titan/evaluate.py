@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
-from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
+from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataset
 from tqdm import tqdm
 
 from ..command import markdown_table, result_file
@@ -43,6 +43,21 @@ def check_device(name: str) -> None:
         raise ConfigError(f"device {name!r} cannot be used ({reason}): try cpu or cuda") from error
 
 
+def check_text(dataset: str, seq_len: int, batch: int, steps: int) -> None:
+    """Check what `batches` takes, before a model is trained or loaded.
+
+    Raises:
+        ConfigError: a dataset that is unknown, or a number that cannot be used.
+    """
+    if seq_len < 1 or batch < 1 or steps < 0:
+        raise ConfigError(
+            f"seq_len {seq_len}, batch {batch}, steps {steps}: give 1 or more, and 0 or more steps"
+        )
+    datasets.register()
+    if dataset.lower() not in DATASETS:
+        raise ConfigError(f"dataset {dataset!r} is unknown: use one of {', '.join(DATASETS)}")
+
+
 def batches(
     dataset: str, tokenizer: BaseTokenizer, seq_len: int, batch: int, steps: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -54,12 +69,11 @@ def batches(
         seq_len: Tokens of a sequence.
         batch: Sequences of a batch.
         steps: Number of batches; 0 is the whole dataset.
+
+    Raises:
+        ConfigError: as `check_text`, or a dataset that is not there.
     """
-    if seq_len < 1 or batch < 1 or steps < 0:
-        raise ConfigError(
-            f"seq_len {seq_len}, batch {batch}, steps {steps}: give 1 or more, and 0 or more steps"
-        )
-    datasets.register()
+    check_text(dataset, seq_len, batch, steps)
     try:
         rows = iter(HuggingFaceTextDataset(dataset, None, tokenizer, seq_len))
     except (ValueError, FileNotFoundError) as error:
@@ -166,6 +180,7 @@ def evaluate(
         ConfigError: a folder or a dataset that cannot be used.
     """
     check_device(device)
+    check_text(dataset, seq_len, batch, steps)
     model, source = load_model(path, device, dtype)
     folder = tokenizer or (
         Path(source.record["config"]["model"]["hf_assets_path"]) if source.record else source.path

@@ -20,8 +20,11 @@ from ..deploy import get_deploy_recipe
 from ..deploy.table import TableOptions
 from ..errors import ConfigError, OutOfTime
 from ..toml import read_toml
-from .evaluate import evaluate
+from .checks import check_model
+from .evaluate import check_device, check_text, evaluate
 from .finalize import FinalizeOptions, finalize
+from .sharding import model_args
+from .trainer import parse
 
 _OWN = {
     "model.converters": "--recipes",
@@ -68,6 +71,21 @@ class Comparison:
             raise ConfigError("--recipes is empty: name one deploy recipe or more")
         for recipe in self.options.recipes:
             get_deploy_recipe(recipe)
+        self._check_evaluation()
+
+    def _check_evaluation(self) -> None:
+        """Check what is asked for only once runs have ended."""
+        options, job = self.options, parse([f"--job.config_file={self.config}", *self.extra])
+        check_device(options.device)
+        check_text(options.dataset, options.seq_len, options.batch, options.steps)
+        check_text(options.calibration_dataset, options.seq_len, options.batch, options.steps)
+        check_model(job.model)
+        longest = model_args(job).max_seq_len
+        if options.seq_len > longest:
+            raise ConfigError(
+                f"--seq-len {options.seq_len} is longer than the model's {longest}: give {longest} "
+                "or less"
+            )
 
     def parts(self, recipes: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
         """Train, finalize and evaluate: (recipe, its part of the table) as each is done.

@@ -217,7 +217,7 @@ def _check_bad_input(folder, source):
         finalize(source, out, FinalizeOptions("nvfp4_weight_only", skip=("nothing",)))
     with pytest.raises(ConfigError, match="quantized already"):
         finalize(folder / "nvfp4", out, options)
-    with pytest.raises(ConfigError, match="is not supported"):
+    with pytest.raises(ConfigError, match="is unknown: use one of"):
         evaluate(folder / "nvfp4", dataset="nothing", seq_len=64, steps=1)
 
     damaged = folder / "damaged"
@@ -304,6 +304,12 @@ def test_a_comparison_needs_its_toml(tmp_path):
         (TableOptions(), ("--training.steps=1",), "use --base-steps"),
         (TableOptions(), ("--model.converters", "nvfp4"), "use --recipes"),
         (TableOptions(), ("--validation.no_enable",), "set validation.enable"),
+        (TableOptions(dataset="nowhere"), (), "dataset 'nowhere' is unknown"),
+        (TableOptions(calibration_dataset="nowhere"), (), "dataset 'nowhere' is unknown"),
+        (TableOptions(seq_len=512), (), "longer than the model's 256"),
+        (TableOptions(steps=-1), (), "0 or more steps"),
+        (TableOptions(device="tpu"), (), "device 'tpu' cannot be used"),
+        (TableOptions(), ("--model.flavor=7B",), "model.flavor '7B' is unknown"),
     ):
         with pytest.raises(ConfigError, match=message):
             Comparison(CONFIG, tmp_path, options, extra)
