@@ -334,6 +334,19 @@ class Choice:
     reason: str
 
 
+def check_types(kind: type | tuple[type, ...], **given: object) -> None:
+    """Check arguments, by name: "no" would count as true.
+
+    Raises:
+        ConfigError: one is of another type; a bool is no number.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    for name, value in given.items():
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join(k.__name__ for k in kinds)
+            raise ConfigError(f"{name}={value!r} must be of type {wanted}")
+
+
 @dataclass(frozen=True)
 class Selection:
     """Everything that decides which module gets which recipe.
@@ -359,6 +372,10 @@ class Selection:
     tensor_scale: bool = True
 
     def __post_init__(self):
+        flags = {name: getattr(self, name) for name in ("rht", "sr", "weights_2d", "tensor_scale")}
+        check_types(bool, **flags)
+        check_types(int, bf16_first_layers=self.bf16_first_layers)
+        check_types((int, float), bf16_last_fraction=self.bf16_last_fraction)
         if not 0 <= self.bf16_last_fraction <= 1:
             raise ConfigError(
                 f"bf16_last_fraction={self.bf16_last_fraction} is not a fraction: use 0 to 1"
@@ -407,6 +424,9 @@ def parse_rules(texts: Iterable[str]) -> tuple[Rule, ...]:
     Raises:
         ConfigError: a malformed rule, or one glob with two recipes.
     """
+    texts = tuple(texts)
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise ConfigError(f"rule {wrong[0]!r} must be a 'glob=recipe' string")
     rules = tuple(Rule.parse(text) for text in texts if text.strip())
     recipes: dict[str, str] = {}
     for rule in rules:

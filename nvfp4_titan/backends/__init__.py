@@ -69,6 +69,8 @@ def resolve(
             raise ConfigError(f"backend {backend!r} is unknown: use one of {names}")
         backend = BACKENDS[backend]
         reason = _obstacle(backend, formats, device)
+    elif not isinstance(backend, Backend):
+        raise ConfigError(f"backend={backend!r} must be a name, such as 'auto', or a Backend")
     else:
         reason = _missing(backend, formats)
     if reason is not None:

@@ -15,7 +15,15 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..backends import Backend, resolve
 from ..errors import ConfigError
-from ..recipe import DEFAULT_RULES, Choice, Recipe, Selection, get_recipe, parse_rules
+from ..recipe import (
+    DEFAULT_RULES,
+    Choice,
+    Recipe,
+    Selection,
+    check_types,
+    get_recipe,
+    parse_rules,
+)
 from .experts import Converted, convert_experts, expert_weights
 from .linear import NVFP4Linear
 from .report import EXPERTS, LINEAR, Entry, Report
@@ -90,6 +98,8 @@ def convert(
     rules = () if rules is None else rules
     if isinstance(rules, str):
         raise ConfigError(f"rules = {rules!r} must be a list of 'glob=recipe' strings")
+    check_types(bool, experts=experts)
+    check_types(int, seed=seed)
     resolve(backend)
     selection = Selection(
         get_recipe(recipe),

@@ -350,6 +350,13 @@ def test_bf16_recipe_converts_nothing_on_request():
         ({"bf16_last_fraction": 1.5}, ConfigError, "use 0 to 1"),
         ({"bf16_first_layers": -1}, ConfigError, "must not be negative"),
         ({"backend": "cuda"}, ConfigError, "use one of auto"),
+        ({"backend": None}, ConfigError, "must be a name"),
+        ({"rules": [3]}, ConfigError, "rule 3 must be"),
+        ({"rht": "no"}, ConfigError, "rht='no' must be of type bool"),
+        ({"experts": 1}, ConfigError, "experts=1 must be of type bool"),
+        ({"seed": "a"}, ConfigError, "seed='a' must be of type int"),
+        ({"bf16_first_layers": True}, ConfigError, "must be of type int"),
+        ({"bf16_last_fraction": "0.1"}, ConfigError, "must be of type int or float"),
         ({"backend": "native"}, UnsupportedError, "use backend = 'reference'"),
     ],
 )
