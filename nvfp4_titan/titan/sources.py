@@ -312,7 +312,13 @@ def _args_of_run(run: dict, family: Family) -> BaseModelArgs:
 def _args_of_config(config: dict, family: Family) -> BaseModelArgs:
     if OWN_KEY in config:
         return _ready(args_from_dict(family, config[OWN_KEY]["model_args"]))
-    return _ready(family.from_config(config))
+    try:
+        return _ready(family.from_config(config))
+    except KeyError as error:
+        raise ConfigError(
+            f"config.json has no {error.args[0]}, which a {config['model_type']} model needs: take "
+            "the file that the model came with"
+        ) from error
 
 
 def _ready(args: BaseModelArgs) -> BaseModelArgs:

@@ -82,6 +82,15 @@ def test_runs_in_the_dtype_that_the_config_names(saved, key):
     assert ours.output.weight.dtype == torch.bfloat16
 
 
+def test_a_config_that_lacks_a_size(saved):
+    _, folder = saved()
+    config = json.loads((folder / "config.json").read_text())
+    del config["hidden_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="config.json has no hidden_size"):
+        load_model(folder)
+
+
 def test_a_tied_model_is_finalized_with_both(saved, tmp_path):
     from nvfp4_titan.titan.corpus import tokenizer_path
 
