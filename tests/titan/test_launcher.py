@@ -200,6 +200,15 @@ def test_ep_needs_more_than_the_ranks_of_tp(tmp_path, monkeypatch):
     preflight(argv, 4)
 
 
+def test_a_dump_folder_must_be_writable(tmp_path, monkeypatch):
+    from nvfp4_titan.titan.trainer import preflight
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(UserError, match="cannot be written"):
+        preflight([f"--job.config_file={CONFIG}"], 1)
+
+
 def test_a_folder_of_checkpoints_is_no_checkpoint(tmp_path, monkeypatch):
     from nvfp4_titan.titan.trainer import preflight
 
