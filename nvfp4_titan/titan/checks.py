@@ -346,5 +346,5 @@ def _check_folder(folder: str) -> None:
         raise ConfigError(f"job.dump_folder {folder} cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"job.dump_folder {folder} cannot be written: give another, or its rights"
+            f"job.dump_folder {folder} cannot be written: give another"
         )
