@@ -51,6 +51,12 @@ class DeployRecipe:
     layout: str | None
     tensor_scale: bool = False
 
+    def __reduce__(self):
+        # Codecs hold functions that pickle does not find: a model's file names its recipe.
+        if DEPLOY_RECIPES.get(self.name) is self:
+            return get_deploy_recipe, (self.name,)
+        return super().__reduce__()
+
     @property
     def static_activation(self) -> bool:
         """Whether the activations' scale per tensor is calibrated, and stored."""

@@ -98,6 +98,9 @@ class GatheredWeight(torch.Tensor):
             dtype = options.get("dtype") or weight.dtype
             if torch.Size(size) == weight.shape and dtype == weight.dtype:
                 return weight._on(options.get("device"))
+        if func is aten.clone.default:
+            parts, _ = weight.__tensor_flatten__()
+            return weight._with(**{name: getattr(weight, name).clone() for name in parts})
         if func is aten.t.default or func is aten.transpose.int:
             dims = {d % weight.dim() for d in args[1:]} or {0, 1}
             if dims == {weight.dim() - 2, weight.dim() - 1}:

@@ -345,6 +345,4 @@ def _check_folder(folder: str) -> None:
     except OSError as error:
         raise ConfigError(f"job.dump_folder {folder} cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"job.dump_folder {folder} cannot be written: give another"
-        )
+        raise ConfigError(f"job.dump_folder {folder} cannot be written: give another")

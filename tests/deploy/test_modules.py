@@ -1,6 +1,7 @@
 """Prepared models compute, bit for bit, what the converted ones do, and train with gradients."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -50,6 +51,20 @@ def test_prepared_equals_converted(recipe, bias, dtype):
     unquantized = model(bias, dtype)
     unquantized.load_state_dict(plain.state_dict())
     assert not torch.equal(y, unquantized(x))
+
+
+@pytest.mark.parametrize("recipe", DEPLOY_RECIPES)
+def test_both_states_are_copied_and_pickled(recipe):
+    module = model(True, torch.float32)
+    prepare(module, recipe, skip=["2"] if N % DEPLOY_RECIPES[recipe].weight.multiple else [])
+    x = torch.randn(8, K)
+    for _ in range(2):
+        y, file = module(x), io.BytesIO()
+        torch.save(module, file)
+        file.seek(0)
+        assert torch.equal(copy.deepcopy(module)(x), y)
+        assert torch.equal(torch.load(file, weights_only=False)(x), y)
+        convert_prepared(module)
 
 
 def test_prepared_equals_converted_in_native_layouts():
