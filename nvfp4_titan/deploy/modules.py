@@ -156,12 +156,12 @@ def convert_prepared(model: nn.Module, dtype: torch.dtype | None = None) -> None
             own.
 
     Raises:
-        ConfigError: nothing in it was prepared.
+        ConfigError: nothing in it is prepared, or it was converted before.
     """
     found = False
     untrack_weights(model)
     for parent in list(model.modules()):
-        if isinstance(parent, WrappingExperts):
+        if isinstance(parent, WrappingExperts) and not _coded_already(parent, *parent.recipes()):
             for name, (recipe, backend) in parent.recipes().items():
                 weight = getattr(parent, name).detach()
                 known = parent.weight_amaxes.get(name)
@@ -170,7 +170,7 @@ def convert_prepared(model: nn.Module, dtype: torch.dtype | None = None) -> None
             parent.change_recipe(_rowwise)
             found = True
         for name, child in list(parent.named_children()):
-            if isinstance(child, NVFP4Linear):
+            if isinstance(child, NVFP4Linear) and not _coded_already(child, "weight"):
                 weight = child.weight.detach()
                 known = child.weight_amaxes.get("weight")
                 own = dtype or weight.dtype
@@ -186,7 +186,13 @@ def convert_prepared(model: nn.Module, dtype: torch.dtype | None = None) -> None
                 )
                 found = True
     if not found:
-        raise ConfigError("nothing in the model was prepared: call prepare first")
+        raise ConfigError(
+            "nothing in the model is prepared, or it was converted before: call prepare first"
+        )
+
+
+def _coded_already(module: nn.Module, *names: str) -> bool:
+    return any(isinstance(getattr(module, name), GatheredWeight) for name in names)
 
 
 def _rowwise(recipe: Recipe) -> Recipe:

@@ -58,12 +58,15 @@ def test_both_states_are_copied_and_pickled(recipe):
     module = model(True, torch.float32)
     prepare(module, recipe, skip=["2"] if N % DEPLOY_RECIPES[recipe].weight.multiple else [])
     x = torch.randn(8, K)
-    for _ in range(2):
+    for next_state in (convert_prepared, None):
         y, file = module(x), io.BytesIO()
         torch.save(module, file)
         file.seek(0)
         assert torch.equal(copy.deepcopy(module)(x), y)
         assert torch.equal(torch.load(file, weights_only=False)(x), y)
+        if next_state:
+            next_state(module)
+    with pytest.raises(ConfigError, match="was converted before"):
         convert_prepared(module)
 
 
@@ -234,7 +237,7 @@ def test_bad_input():
         prepare(model(True, torch.float32), "nvfp4", skip=["nothing"])
     with pytest.raises(ConfigError, match="group of 128: add its name to skip"):
         prepare(nn.Sequential(nn.Linear(96, 32)), "int4_weight_only")
-    with pytest.raises(ConfigError, match="nothing in the model was prepared"):
+    with pytest.raises(ConfigError, match="nothing in the model is prepared"):
         convert_prepared(model(True, torch.float32))
 
 
