@@ -36,10 +36,9 @@ def fault(folder: Path, *, resumable: bool = True) -> str | None:
         folder: A step's folder, of DCP or safetensors files.
         resumable: Whether it must hold more than the model, so that a run can go on from it.
     """
-    if (folder / "model.safetensors.index.json").is_file():
-        return _MODEL_ONLY
     if not (folder / ".metadata").is_file():
-        return "its save was cut off (there is no .metadata)"
+        exported = (folder / "model.safetensors.index.json").is_file()
+        return _MODEL_ONLY if exported else "its save was cut off (there is no .metadata)"
     # A seed checkpoint, step 0, is a model to start from.
     resumable = resumable and folder.name != "step-0"
     try:

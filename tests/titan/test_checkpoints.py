@@ -118,6 +118,13 @@ def test_which_checkpoints_are_whole(train, single_rank):
     train(*FOUR_STEPS, NVFP4, "--checkpoint.interval=1", "--training.steps=3", folder="out")
     folder = single_rank / "out" / "checkpoint"
     assert newest_whole_step(folder) == (3, [])
+    export = folder / "step-3" / "model.safetensors.index.json"
+    export.touch()  # of an end that the run went on from
+    assert newest_whole_step(folder) == (3, [])
+    (folder / "step-4").mkdir()
+    export.rename(folder / "step-4" / export.name)
+    assert "holds the model alone" in newest_whole_step(folder)[1][0]
+    shutil.rmtree(folder / "step-4")
     truncate(folder / "step-3")
     step, (message,) = newest_whole_step(folder)
     assert step == 2 and "step-3 is skipped" in message and "bytes" in message
