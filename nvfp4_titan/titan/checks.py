@@ -112,6 +112,13 @@ def _check_device(job_config: JobConfig) -> None:
     for (section, name), why in _OF_GPUS.items():
         if getattr(getattr(job_config, section), name) and cpu_runtime.active():
             raise UnsupportedError(f"{section}.{name} {why}: leave it out")
+    checkpoint = job_config.checkpoint
+    pinned = checkpoint.enable and checkpoint.async_mode == "async_with_pinned_mem"
+    if pinned and cpu_runtime.active():
+        raise UnsupportedError(
+            "checkpoint.async_mode = 'async_with_pinned_mem' needs a GPU, whose memory it copies: "
+            "use 'async'"
+        )
 
 
 def _check_types(section, path: str = "") -> None:

@@ -148,14 +148,24 @@ def test_torchtitan_profiles_gpus_alone(option, tmp_path, monkeypatch):
         preflight([f"--job.config_file={CONFIG}", f"--profiling.{option}"], 1)
 
 
-def test_offloading_needs_a_gpu(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        (["--training.enable_cpu_offload"], "enable_cpu_offload needs a GPU"),
+        (
+            ["--checkpoint.enable", "--checkpoint.async_mode=async_with_pinned_mem"],
+            "'async_with_pinned_mem' needs a GPU",
+        ),
+    ],
+)
+def test_offloading_needs_a_gpu(options, fragment, tmp_path, monkeypatch):
     from nvfp4_titan.titan import checks
     from nvfp4_titan.titan.trainer import preflight
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checks.cpu_runtime, "active", lambda: True)
-    with pytest.raises(UserError, match="enable_cpu_offload needs a GPU"):
-        preflight([f"--job.config_file={CONFIG}", "--training.enable_cpu_offload"], 1)
+    with pytest.raises(UserError, match=fragment):
+        preflight([f"--job.config_file={CONFIG}", *options], 1)
 
 
 @pytest.mark.parametrize(
