@@ -215,6 +215,17 @@ def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
             "torchtitan: give data or context parallelism two ranks or more, or set it to 1 (TP "
             "shards the experts, then)"
         )
+    alone = p.data_parallel_replicate_degree > 1 and shard * p.context_parallel_degree == 1
+    if alone and max(p.tensor_parallel_degree, p.pipeline_parallel_degree) > 1:
+        raise ConfigError(
+            "data_parallel_replicate_degree without shards beside TP or PP fails in torchtitan, or "
+            "trains each replica by itself: give data_parallel_shard_degree two ranks or more"
+        )
+    if job_config.model.name == "gpt_oss" and min(experts, p.expert_tensor_parallel_degree) > 1:
+        raise ConfigError(
+            "torchtitan adds the biases of gpt_oss' experts once for every rank that shares one: "
+            "set expert_tensor_parallel_degree = 1"
+        )
     if p.context_parallel_degree > 1 and cpu_runtime.active():
         raise UnsupportedError(
             "context parallelism needs a GPU (DTensor has no rule for the CPU's attention): set "
@@ -237,11 +248,38 @@ def _check_sizes(job_config: JobConfig, data_parallel: int) -> None:
             f"{at_once}: local_batch_size = {training.local_batch_size} on {data_parallel} ranks "
             "of data parallelism"
         )
-    validation = job_config.validation
-    if validation.enable and validation.seq_len > training.seq_len:
+    if job_config.validation.enable:
+        _check_validation(job_config)
+
+
+def _check_validation(job_config: JobConfig) -> None:
+    """Check the sizes of a validation, which torchtitan finds wrong at the first one."""
+    training, validation = job_config.training, job_config.validation
+    p = job_config.parallelism
+    if validation.seq_len > training.seq_len:
         raise ConfigError(
             f"validation.seq_len = {validation.seq_len} is longer than training.seq_len = "
             f"{training.seq_len}, which the model's positions are made for: set it to that at most"
+        )
+    cp = p.context_parallel_degree
+    divisor = p.tensor_parallel_degree * (2 * cp if cp > 1 else 1)
+    if validation.seq_len % divisor:
+        raise ConfigError(
+            f"validation.seq_len = {validation.seq_len} must be a multiple of {divisor}: TP and CP "
+            "split sequences"
+        )
+    if p.pipeline_parallel_degree == 1:
+        return
+    microbatches = training.local_batch_size // p.pipeline_parallel_microbatch_size
+    if microbatches and validation.local_batch_size % microbatches:
+        raise ConfigError(
+            f"validation.local_batch_size = {validation.local_batch_size} must be a multiple of "
+            f"{microbatches}: the schedule splits every batch into as many microbatches"
+        )
+    if p.pipeline_parallel_schedule.lower() == "zbvzerobubble":
+        raise ConfigError(
+            "schedule ZBVZeroBubble cannot validate: use --validation.no-enable, or "
+            "InterleavedZeroBubble"
         )
 
 

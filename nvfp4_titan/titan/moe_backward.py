@@ -29,7 +29,8 @@ def complete(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> None:
     borrowed = parallel_dims.ep_enabled and not parallel_dims.etp_enabled
     for part in model_parts:
         for moe in part.modules():
-            if not isinstance(moe, MoE):
+            # DeepEP's layers have no reorderer, and a backward of their own.
+            if not isinstance(moe, MoE) or moe.reorderer is None:
                 continue
             # Scores that multiply what goes into experts have their gradient from a sum over TP.
             if borrowed or not moe.score_before_experts:

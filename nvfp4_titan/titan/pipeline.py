@@ -42,4 +42,6 @@ def around_shape_inference(
 
 def keep_token_counts(pp_schedule, model_parts: list[nn.Module]) -> None:
     """Have a schedule's stages leave the counts of experts' tokens as they were; in place."""
-    around_shape_inference(pp_schedule, partial(kept_token_counts, model_parts), [FORWARD])
+    kept = partial(kept_token_counts, model_parts)
+    # Under activation checkpointing a backward counts the tokens again.
+    around_shape_inference(pp_schedule, kept, [FORWARD, BACKWARD])

@@ -30,7 +30,7 @@ class StopRequest:
     def __init__(self, seconds: float = 5.0):
         self._here = False
         self._seconds = seconds
-        self._asked, self._next = None, 0
+        self._asked, self._pace, self._next = None, seconds, 0
         # No Event: its lock could be held where the signal comes in.
         self._training = multiprocessing.RawValue("b", False)
 
@@ -73,12 +73,13 @@ class StopRequest:
         """
         if distributed.get_world_size() == 1:
             return self._here
-        now, pace = time.monotonic(), self._seconds
-        if self._asked is not None:
-            then, earlier = self._asked
-            pace = (now - then) / max(step - earlier, 1)
-        answer = torch.tensor([float(self._here), pace], device=device)
+        answer = torch.tensor([float(self._here), self._pace], device=device)
         distributed.all_reduce(answer, distributed.ReduceOp.MAX)
         told, pace = answer.tolist()
+        # The device has caught up only here: what a step takes is known for the next question.
+        now = time.monotonic()
+        if self._asked is not None:
+            then, earlier = self._asked
+            self._pace = (now - then) / max(step - earlier, 1)
         self._asked, self._next = (now, step), step + max(int(self._seconds / max(pace, 1e-3)), 1)
         return bool(told)

@@ -29,6 +29,7 @@ from .converter import (
     switches,
     without_settings,
 )
+from .loss import DividedLoss, replicas, sum_over_replicas
 from .numerics_log import NumericsLog
 from .pipeline import keep_token_counts
 from .qat import prepare_by_settings
@@ -66,6 +67,7 @@ class NVFP4Trainer(Trainer):
         schedule = getattr(self, "pp_schedule", None)
         if schedule is not None:
             keep_token_counts(schedule, self.model_parts)
+            schedule._loss_fn = self.pp_loss = DividedLoss(schedule._loss_fn)
         self.numerics = NumericsLog(self.model_parts, frequency, folder, schedule)
         cpu_runtime.prepare_trainer(self.model_parts)
         moe_backward.complete(self.model_parts, self.parallel_dims)
@@ -132,8 +134,14 @@ class NVFP4Trainer(Trainer):
 
     def forward_backward_step(self, **kwargs) -> torch.Tensor:
         """As torchtitan's; keeps the sum of the losses for `train_step`."""
+        if self.parallel_dims.pp_enabled:
+            self.pp_loss.divisor = kwargs["global_valid_tokens"]
         loss = super().forward_backward_step(**kwargs)
         self.step_loss = self.step_loss + loss.detach().sum()
+        self.microbatches += 1
+        copies = replicas(self.parallel_dims)
+        if copies > 1 and self.microbatches == self.gradient_accumulation_steps:
+            sum_over_replicas(self.model_parts, copies)
         return loss
 
     def train_step(self, data_iterator) -> None:
@@ -148,7 +156,7 @@ class NVFP4Trainer(Trainer):
             if distributed.get_rank() == 0:
                 record.clear_outcomes(self.job_config)
         self._change_formats(self.step)
-        self.step_loss, self.checksum = 0.0, 0
+        self.step_loss, self.checksum, self.microbatches = 0.0, 0, 0
         with self.numerics.step(self.step, self.metrics_processor):
             super().train_step(data_iterator)
         self.steps_done += 1

@@ -8,6 +8,7 @@ from torch import nn
 from torch._inductor import config as inductor
 from torchtitan.components.validate import Validator
 
+from .loss import TokensOfSequences
 from .record import kept_token_counts
 
 
@@ -60,6 +61,8 @@ def prepare_validator(
         formats: Makes a context that gives modules their formats for a validation.
     """
     validator.validation_dataloader = RewoundLoader(validator.validation_dataloader)
+    if validator.parallel_dims.cp_enabled:
+        validator.parallel_dims = TokensOfSequences(validator.parallel_dims)
     by_frequency, validate = validator.should_validate, validator.validate
 
     def prepared(model_parts: list[nn.Module], step: int) -> None:

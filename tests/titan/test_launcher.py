@@ -210,6 +210,57 @@ def test_ep_needs_more_than_the_ranks_of_tp(tmp_path, monkeypatch):
     preflight(argv, 4)
 
 
+SHARDED = {
+    "DDP with TP": (
+        4,
+        {"data_parallel_replicate": 2, "data_parallel_shard": 1, "tensor_parallel": 2},
+        [],
+        "data_parallel_shard_degree two ranks or more",
+    ),
+    "DDP with PP": (
+        4,
+        {"data_parallel_replicate": 2, "data_parallel_shard": 1, "pipeline_parallel": 2},
+        [],
+        "data_parallel_shard_degree two ranks or more",
+    ),
+    "sequences that TP cannot split": (
+        4,
+        {"tensor_parallel": 4},
+        ["--validation.enable", "--validation.seq_len=66"],
+        "validation.seq_len = 66 must be a multiple of 4",
+    ),
+    "batches that a schedule cannot split": (
+        2,
+        {"pipeline_parallel": 2},
+        ["--validation.enable", "--training.local_batch_size=4", "--validation.local_batch_size=6"],
+        "validation.local_batch_size = 6 must be a multiple of 4",
+    ),
+    "a schedule that cannot validate": (
+        2,
+        {"pipeline_parallel": 2},
+        ["--validation.enable", "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble"],
+        "ZBVZeroBubble cannot validate",
+    ),
+    "experts of gpt_oss over TP": (
+        4,
+        {"tensor_parallel": 2, "expert_parallel": 2, "expert_tensor_parallel": 2},
+        ["--model.name=gpt_oss"],
+        "adds the biases",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_what_torchtitan_shards_wrongly(case, tmp_path, monkeypatch):
+    from nvfp4_titan.titan.trainer import preflight
+
+    monkeypatch.chdir(tmp_path)
+    ranks, degrees, argv, fragment = SHARDED[case]
+    argv = [f"--parallelism.{name}_degree={degree}" for name, degree in degrees.items()] + argv
+    with pytest.raises(UserError, match=fragment):
+        preflight([f"--job.config_file={CONFIG}", *argv], ranks)
+
+
 def test_a_dump_folder_must_be_writable(tmp_path, monkeypatch):
     from nvfp4_titan.titan.trainer import preflight
 

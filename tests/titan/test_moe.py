@@ -173,8 +173,10 @@ def test_shapes_that_pipeline_stages_find_out_count_no_tokens():
     moe = nn.Module()
     moe.register_buffer("tokens_per_expert", torch.tensor([3.0, 5.0]))
     model = nn.ModuleDict({"moe": moe})
-    stage = SimpleNamespace(_prepare_forward_infra=lambda: moe.tokens_per_expert.fill_(64))
+    passes = ("_prepare_forward_infra", "_prepare_backward_infra")  # one that recomputes counts
+    stage = SimpleNamespace(**{name: lambda: moe.tokens_per_expert.fill_(64) for name in passes})
     for schedule in (SimpleNamespace(_stage=stage), SimpleNamespace(_stages=[stage])):
         keep_token_counts(schedule, [model])
-        stage._prepare_forward_infra()
-        assert moe.tokens_per_expert.tolist() == [3.0, 5.0]
+        for name in passes:
+            getattr(stage, name)()
+            assert moe.tokens_per_expert.tolist() == [3.0, 5.0]

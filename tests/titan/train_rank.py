@@ -1,8 +1,9 @@
 """One rank of the invariance tests' runs: torchtitan's Trainer, fed with given batches.
 
 A job is a dict of `argv` (torchtitan's options), `tokens` (steps, sequences, length + 1), `steps`
-after which it ends, and `out`, the folder for what this rank saw: the losses by step, per weight
-the operands that the first step quantized, and the number of weights that FSDP gathers in codes.
+after which it ends, and `out`, the folder for what this rank saw: losses and gradients' norms by
+step, per weight the operands that the first step quantized, and the number of weights that FSDP
+gathers in codes.
 """
 
 import os
@@ -13,6 +14,8 @@ from ranks import free_port
 from support import do_not_sleep, recording
 
 from nvfp4_titan.titan import cpu_runtime
+
+IGNORED = -100  # torchtitan's
 
 
 class Batches:
@@ -25,7 +28,9 @@ class Batches:
         for batch in self.tokens:
             for first in range(self.rank * self.local, len(batch), self.ranks * self.local):
                 part = batch[first : first + self.local]
-                yield {"input": part[:, :-1].clone()}, part[:, 1:].clone()
+                labels = part[:, 1:].clone()
+                labels[labels % 7 == 0] = IGNORED  # of some microbatches more than of others
+                yield {"input": part[:, :-1].clone()}, labels
 
     def state_dict(self):
         return {}
@@ -75,10 +80,10 @@ def run(job, rank, store):
     ranks, data_rank = (mesh.size(), mesh.get_local_rank()) if mesh else (1, 0)
     trainer.dataloader = Batches(job["tokens"], ranks, data_rank, config.training.local_batch_size)
     config.training.steps = job["steps"]  # the schedules stay those of the options
-    made, losses, first = attach_recorders(trainer.model_parts), {}, {}
+    made, losses, norms, first = attach_recorders(trainer.model_parts), {}, {}, {}
 
-    def log(step, loss, *args, **kwargs):
-        losses[step] = float(loss)
+    def log(step, loss, largest, norm, **kwargs):
+        losses[step], norms[step] = float(loss), float(norm)
         if step == 1:
             first.update({fqn: list(calls) for fqn, calls in made.items()})
         for calls in made.values():
@@ -89,7 +94,7 @@ def run(job, rank, store):
     gathered = gathered_in_codes(trainer.model_parts)
     trainer.close()
     torch.distributed.destroy_process_group()
-    seen = {"losses": losses, "operands": first, "gathered": gathered}
+    seen = {"losses": losses, "norms": norms, "operands": first, "gathered": gathered}
     torch.save(seen, os.path.join(job["out"], f"{rank}.pt"))
 
 
