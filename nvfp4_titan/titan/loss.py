@@ -18,7 +18,7 @@ class _Divided(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss: torch.Tensor, divisor: torch.Tensor | float) -> torch.Tensor:
         ctx.divisor = divisor
-        return loss.view_as(loss)
+        return loss.clone()  # no view: zero-bubble schedules detach it in place
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
