@@ -108,6 +108,7 @@ def test_validation_compiles_without_cuda_graphs():
     block = torch.compile(torch.nn.Linear(4, 4), backend=backend)
 
     class OneValidation:
+        parallel_dims = SimpleNamespace(cp_enabled=False)
         validation_dataloader = SimpleNamespace(
             dataset=SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
         )
