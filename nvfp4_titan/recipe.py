@@ -22,9 +22,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from numbers import Integral, Real
 from types import MappingProxyType
 
-from .errors import ConfigError
+from .errors import ConfigError, check_types
 from .formats import BLOCK, MXFP8, MXFP8_FLOOR, NVFP4, NVFP4_46, BlockFormat
 
 _NVFP4S = (NVFP4, NVFP4_46, NVFP4.single_level(), NVFP4_46.single_level())
@@ -334,19 +335,6 @@ class Choice:
     reason: str
 
 
-def check_types(kind: type | tuple[type, ...], **given: object) -> None:
-    """Check arguments, by name: "no" would count as true.
-
-    Raises:
-        ConfigError: one is of another type; a bool is no number.
-    """
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    for name, value in given.items():
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            wanted = " or ".join(k.__name__ for k in kinds)
-            raise ConfigError(f"{name}={value!r} must be of type {wanted}")
-
-
 @dataclass(frozen=True)
 class Selection:
     """Everything that decides which module gets which recipe.
@@ -374,8 +362,8 @@ class Selection:
     def __post_init__(self):
         flags = {name: getattr(self, name) for name in ("rht", "sr", "weights_2d", "tensor_scale")}
         check_types(bool, **flags)
-        check_types(int, bf16_first_layers=self.bf16_first_layers)
-        check_types((int, float), bf16_last_fraction=self.bf16_last_fraction)
+        check_types(Integral, bf16_first_layers=self.bf16_first_layers)
+        check_types(Real, bf16_last_fraction=self.bf16_last_fraction)
         if not 0 <= self.bf16_last_fraction <= 1:
             raise ConfigError(
                 f"bf16_last_fraction={self.bf16_last_fraction} is not a fraction: use 0 to 1"

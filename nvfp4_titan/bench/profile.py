@@ -16,9 +16,9 @@ from ..errors import ConfigError
 COMMUNICATION, OTHER = "communication", "other"
 KINDS = (
     (COMMUNICATION, r"nccl"),
-    ("quantizing", r"^_(amax|quantize|unpack|alpha|scale)_kernel"),
-    ("GEMMs", r"gemm|nvjet|cutlass|^_grouped_(mm|wgrad)_kernel"),
+    ("quantizing", r"^_\w*(amax|quantize|unpack|alpha|scale|transpose|groups)_kernel"),
     ("attention", r"flex_attention|flash|fmha"),
+    ("GEMMs", r"gemm|nvjet|cutlass|^_grouped_(mm|wgrad)_kernel"),
     ("optimizer", r"multi_tensor|adam"),
 )
 """Kinds of kernels, by a pattern of their names; the first that matches."""

@@ -47,6 +47,8 @@ def fault(folder: Path, *, resumable: bool = True) -> str | None:
             return _MODEL_ONLY
         return _short_file(folder, metadata)
     except Exception as error:  # a damaged pickle raises anything, or gives anything
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise  # a file system that fails now says nothing about the checkpoint
         return f"its .metadata cannot be read ({type(error).__name__}: {error})"
 
 

@@ -95,8 +95,9 @@ def _check_compile(job_config: JobConfig, dims: ParallelDims) -> None:
     compiles = job_config.compile.enable and "model" in job_config.compile.components
     if compiles and dims.tp_enabled and torch.__version__ >= _TP_COMPILES_BEFORE:
         raise UnsupportedError(
-            f"torch {torch.__version__} loses the gradient of the embedding where torchtitan "
-            "compiles a model under TP: set --compile.no-enable, or use torch 2.11"
+            f"torch {torch.__version__} fails in the backward of a model that torchtitan compiles "
+            "under TP, or loses the embedding's gradient: set --compile.no-enable, or use torch "
+            "2.11"
         )
 
 
@@ -221,7 +222,8 @@ def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
             "data_parallel_replicate_degree without shards beside TP or PP fails in torchtitan, or "
             "trains each replica by itself: give data_parallel_shard_degree two ranks or more"
         )
-    if job_config.model.name == "gpt_oss" and min(experts, p.expert_tensor_parallel_degree) > 1:
+    both = min(p.expert_parallel_degree, p.expert_tensor_parallel_degree) > 1
+    if job_config.model.name == "gpt_oss" and both:
         raise ConfigError(
             "torchtitan adds the biases of gpt_oss' experts once for every rank that shares one: "
             "set expert_tensor_parallel_degree = 1"
@@ -248,6 +250,12 @@ def _check_sizes(job_config: JobConfig, data_parallel: int) -> None:
             f"{at_once}: local_batch_size = {training.local_batch_size} on {data_parallel} ranks "
             "of data parallelism"
         )
+    size = p.pipeline_parallel_microbatch_size
+    if p.pipeline_parallel_degree > 1 and (size < 1 or training.local_batch_size % size):
+        raise ConfigError(
+            f"parallelism.pipeline_parallel_microbatch_size = {size} must divide "
+            f"training.local_batch_size = {training.local_batch_size}"
+        )
     if job_config.validation.enable:
         _check_validation(job_config)
 
@@ -271,15 +279,15 @@ def _check_validation(job_config: JobConfig) -> None:
     if p.pipeline_parallel_degree == 1:
         return
     microbatches = training.local_batch_size // p.pipeline_parallel_microbatch_size
-    if microbatches and validation.local_batch_size % microbatches:
+    if validation.local_batch_size % microbatches:
         raise ConfigError(
             f"validation.local_batch_size = {validation.local_batch_size} must be a multiple of "
             f"{microbatches}: the schedule splits every batch into as many microbatches"
         )
-    if p.pipeline_parallel_schedule.lower() == "zbvzerobubble":
+    if p.pipeline_parallel_schedule.lower() in ("zbvzerobubble", "dualpipev"):
         raise ConfigError(
-            "schedule ZBVZeroBubble cannot validate: use --validation.no-enable, or "
-            "InterleavedZeroBubble"
+            f"schedule {p.pipeline_parallel_schedule} cannot validate: use --validation.no-enable, "
+            "or InterleavedZeroBubble"
         )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
+from ..command import check_writable
 from ..deploy import DeployRecipe, get_deploy_recipe
 from ..deploy.codecs import nvfp4
 from ..deploy.layout import quantization_config, to_layout
@@ -101,13 +102,13 @@ def finalize(path: Path, output: Path, options: FinalizeOptions) -> dict:
     options = _as_trained(source, options)
     chosen = _chosen(source, recipe, options.skip)
     tokenizer = _tokenizer(source, options.tokenizer)
+    check_writable(output)  # before the calibration
+    amaxes: dict[str, torch.Tensor] = {}
+    if recipe and recipe.static_activation:
+        amaxes = calibrate(source, chosen, tokenizer, options)
+    shared = shared_amaxes(source, chosen, options) if shares_scales(recipe, options) else {}
     binary = recipe is not None and recipe.layout is None
-    # Opened first: a folder that cannot be written is found before the calibration.
     with CheckpointWriter(output, binary=binary, shard_bytes=options.shard_bytes) as writer:
-        amaxes: dict[str, torch.Tensor] = {}
-        if recipe and recipe.static_activation:
-            amaxes = calibrate(source, chosen, tokenizer, options)
-        shared = shared_amaxes(source, chosen, options) if shares_scales(recipe, options) else {}
         sizes = _write_weights(source, writer, recipe, chosen, (amaxes, shared), options)
         config = _config(source, recipe, chosen, options, HuggingFaceTokenizer(str(tokenizer)))
         writer.write_text("config.json", json.dumps(config, indent=1))

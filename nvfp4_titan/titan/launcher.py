@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
             return _start_job(argv)
         train(argv)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from its last checkpoint", file=sys.stderr)
+        print(
+            "interrupted: with checkpoints the same command goes on from the last", file=sys.stderr
+        )
         return INTERRUPTED
     return 0
 
@@ -99,6 +101,6 @@ def _spawn(workers: int, argv: list[str]) -> int:
         print(failure, file=sys.stderr)
         return failure.get_first_failure()[1].exitcode
     except SignalException as told:
-        print(f"stopped by {told.sigval.name}; the workers have ended", file=sys.stderr)
+        print(f"stopped by {told.sigval.name}", file=sys.stderr)
         return 128 + told.sigval
     return 0

@@ -4,7 +4,7 @@ torchtitan 0.2.2 gives others where its loss is summed and divided elsewhere. Pi
 take the backward of sums: gradients are as many times too large as a step has tokens, every step is
 clipped, and quantized gradients get other codes (its issue 2972). DDP averages over replicas what
 was divided by the tokens of them all (2318): gradients are as many times too small, and seldom
-clipped. Validation under context parallelism divides by the tokens of one part of each sequence.
+clipped.
 """
 
 from collections.abc import Callable
@@ -60,28 +60,3 @@ def sum_over_replicas(model_parts: list[nn.Module], count: int) -> None:
     parameters = (p for part in model_parts for p in part.parameters())
     if grads := [p.grad for p in parameters if p.grad is not None]:
         torch._foreach_mul_(grads, count)
-
-
-class TokensOfSequences:
-    """Parallel dimensions for torchtitan's Validator, which counts a batch's tokens over "batch".
-
-    Under context parallelism a rank holds parts of sequences: they are counted over its ranks, too.
-
-    Args:
-        dims: The job's.
-    """
-
-    def __init__(self, dims: ParallelDims):
-        self._dims = dims
-
-    def __getattr__(self, name: str):
-        return getattr(self._dims, name)
-
-    @property
-    def dp_enabled(self) -> bool:
-        """Whether tokens are added up over ranks."""
-        return self._dims.dp_cp_enabled
-
-    def get_mesh(self, dims: str | list[str]):
-        """The job's mesh; that of the loss for the batch's."""
-        return self._dims.get_mesh("loss" if dims == "batch" else dims)

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import nn
 from torch._inductor import config as inductor
 from torchtitan.components.validate import Validator
+from torchtitan.distributed import ParallelDims
 
-from .loss import TokensOfSequences
 from .record import kept_token_counts
 
 
@@ -39,6 +39,32 @@ class RewoundLoader:
     def __iter__(self):
         self.loader.dataset.load_state_dict(copy.deepcopy(self._start))
         return iter(self.loader)
+
+
+class TokensOfSequences:
+    """Parallel dimensions for torchtitan's Validator, which counts a batch's tokens over "batch".
+
+    Under context parallelism a rank holds parts of sequences, and losses would be as many times too
+    large: tokens are counted over its ranks, too.
+
+    Args:
+        dims: The job's.
+    """
+
+    def __init__(self, dims: ParallelDims):
+        self._dims = dims
+
+    def __getattr__(self, name: str):
+        return getattr(self._dims, name)
+
+    @property
+    def dp_enabled(self) -> bool:
+        """Whether tokens are added up over ranks."""
+        return self._dims.dp_cp_enabled
+
+    def get_mesh(self, dims: str | list[str]):
+        """The job's mesh; that of the loss for the batch's."""
+        return self._dims.get_mesh("loss" if dims == "batch" else dims)
 
 
 def prepare_validator(

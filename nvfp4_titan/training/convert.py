@@ -7,6 +7,7 @@ or a conversion that converts nothing, is an error; everything left alone is in 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -14,13 +15,12 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..backends import Backend, resolve
-from ..errors import ConfigError
+from ..errors import ConfigError, check_types
 from ..recipe import (
     DEFAULT_RULES,
     Choice,
     Recipe,
     Selection,
-    check_types,
     get_recipe,
     parse_rules,
 )
@@ -99,7 +99,7 @@ def convert(
     if isinstance(rules, str):
         raise ConfigError(f"rules = {rules!r} must be a list of 'glob=recipe' strings")
     check_types(bool, experts=experts)
-    check_types(int, seed=seed)
+    check_types(Integral, seed=seed)
     resolve(backend)
     selection = Selection(
         get_recipe(recipe),

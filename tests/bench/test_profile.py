@@ -16,6 +16,7 @@ STEPS = [event(f"ProfilerStep#{i}", 10_000 * i, 10_000, "user_annotation") for i
 WORK = [
     event("ncclDevKernel_AllGather_RING_LL(..)", 10_000, 4000),
     event("nvjet_sm90_tst_256x128", 12_000, 3000),  # 2 ms of it beside the gather
+    event("flash_fwd_kernel<cutlass::bfloat16_t>", 24_000, 500),
     event("_quantize_kernel", 13_000, 1000),  # inside of it
     event("_grouped_mm_kernel", 20_000, 1000),
     event("Memcpy DtoD", 22_000, 500, "gpu_memcpy"),
@@ -32,11 +33,19 @@ def write(folder, events):
 
 def test_a_mean_step(tmp_path):
     profile = read_profile(write(tmp_path, STEPS + WORK))
-    assert (profile.step, profile.busy, profile.computing) == (10.0, 3.25, 2.25)
-    assert profile.kernels == 2  # five in two steps
+    assert (profile.step, profile.busy, profile.computing) == (10.0, 3.5, 2.5)
+    assert profile.kernels == 3  # six in two steps
     kinds = {kind: time for kind, time in profile.by_kind.items() if time}
-    assert kinds == {"communication": 2.0, "GEMMs": 2.0, "quantizing": 0.5, "other": 0.25}
-    assert "| run | 10.0 | 3.2 | 2.2 | 2 | 2.0 | 0.5 | 2.0 |" in format_profiles({"run": profile})
+    assert kinds == {
+        "communication": 2.0,
+        "GEMMs": 2.0,
+        "quantizing": 0.5,
+        "attention": 0.25,
+        "other": 0.25,
+    }
+    assert "| run | 10.0 | 3.5 | 2.5 | 3 | 2.0 | 0.5 | 0.2 | 2.0 |" in format_profiles(
+        {"run": profile}
+    )
 
 
 @pytest.mark.parametrize("events", [STEPS, WORK])

@@ -1,5 +1,6 @@
 """Checkpoints: exact resume, half-written ones, other formats, shardings and recipes."""
 
+import errno
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from ranks import train_on_ranks
 from safetensors.torch import load_file
 from support import FOUR_STEPS, SMALL_RUN, logged_losses
+from torch.distributed.checkpoint import FileSystemReader
 
 from nvfp4_titan.errors import ConfigError
 from nvfp4_titan.titan.checkpoints import newest_whole_step
@@ -132,16 +134,32 @@ def test_which_checkpoints_are_whole(train, single_rank):
     assert newest_whole_step(folder)[0] == 1
     metadata = folder / "step-1" / ".metadata"
     whole = metadata.read_bytes()
+    damaged = 0
     for place in range(0, len(whole), 1009):  # a bit that flipped
         metadata.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         step, messages = newest_whole_step(folder)
-        assert step == 1 or "cannot be read" in messages[-1]
+        assert step in (1, -1)  # and nothing is raised
+        damaged += "cannot be read" in messages[-1]
+    assert damaged
     metadata.write_bytes(whole[:50])
     step, messages = newest_whole_step(folder)
     assert step == -1 and len(messages) == 3
     assert newest_whole_step(folder / "nowhere") == (-1, [])
     (folder / "step-9.bak").mkdir()
     assert newest_whole_step(folder, resumable=False)[0] == -1
+
+
+def test_a_file_system_that_fails_is_no_damage(tmp_path, monkeypatch):
+    """Or a run would start anew beside whole checkpoints."""
+    (tmp_path / "step-3").mkdir()
+    (tmp_path / "step-3" / ".metadata").touch()
+
+    def stale(self):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(FileSystemReader, "read_metadata", stale)
+    with pytest.raises(OSError, match="Stale"):
+        newest_whole_step(tmp_path)
 
 
 @pytest.mark.slow

@@ -241,6 +241,18 @@ SHARDED = {
         ["--validation.enable", "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble"],
         "ZBVZeroBubble cannot validate",
     ),
+    "another that cannot": (
+        2,
+        {"pipeline_parallel": 2},
+        ["--validation.enable", "--parallelism.pipeline_parallel_schedule=DualPipeV"],
+        "DualPipeV cannot validate",
+    ),
+    "no microbatches": (
+        2,
+        {"pipeline_parallel": 2},
+        ["--parallelism.pipeline_parallel_microbatch_size=0"],
+        "microbatch_size = 0 must divide",
+    ),
     "experts of gpt_oss over TP": (
         4,
         {"tensor_parallel": 2, "expert_parallel": 2, "expert_tensor_parallel": 2},

@@ -56,7 +56,7 @@ def counted(rank, device):
     """Tokens of a batch as torchtitan's Validator counts them, on ranks that hold parts of it."""
     from torchtitan.distributed import utils
 
-    from nvfp4_titan.titan.loss import TokensOfSequences
+    from nvfp4_titan.titan.validate import TokensOfSequences
 
     given = dims(cp=2)
     given.build_mesh()
@@ -72,8 +72,7 @@ def test_tokens_of_sequences_in_parts(tmp_path):
 
 
 def test_a_validator_counts_them_so():
-    from nvfp4_titan.titan.loss import TokensOfSequences
-    from nvfp4_titan.titan.validate import prepare_validator
+    from nvfp4_titan.titan.validate import TokensOfSequences, prepare_validator
 
     for degrees, replaced in (({"cp": 2}, True), ({"dp_shard": 2}, False)):
         loader = SimpleNamespace(dataset=SimpleNamespace(state_dict=dict))
