@@ -20,6 +20,7 @@ from .checkpoints import checkpoint_folder, saved_steps
 from .converter import OURS, check_cuda_graphs, check_early_steps, check_settings, without_settings
 from .datasets import dataset_corpus
 from .qat import check_qat
+from .record import compiles_model
 from .sharding import parallel_dims
 
 
@@ -92,8 +93,8 @@ _TP_COMPILES_BEFORE = "2.12"
 
 
 def _check_compile(job_config: JobConfig, dims: ParallelDims) -> None:
-    compiles = job_config.compile.enable and "model" in job_config.compile.components
-    if compiles and dims.tp_enabled and torch.__version__ >= _TP_COMPILES_BEFORE:
+    under_tp = compiles_model(job_config) and dims.tp_enabled
+    if under_tp and torch.__version__ >= _TP_COMPILES_BEFORE:
         raise UnsupportedError(
             f"torch {torch.__version__} fails in the backward of a model that torchtitan compiles "
             "under TP, or loses the embedding's gradient: set --compile.no-enable, or use torch "

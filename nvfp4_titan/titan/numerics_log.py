@@ -21,7 +21,7 @@ from torchtitan.tools.logging import logger
 from ..scalars import NUMERICS
 from ..training.observe import Observer, add_up
 from ..training.telemetry import Figures, figures, format_worst, insane
-from .pipeline import BACKWARD, FORWARD, around_shape_inference
+from .pipeline import around_shape_inference
 
 
 class NumericsLog:
@@ -40,7 +40,7 @@ class NumericsLog:
         self._frequency, self._folder = frequency, folder
         self._observer = Observer(model_parts) if frequency else None
         if self._observer and pp_schedule is not None:
-            around_shape_inference(pp_schedule, self._forgetting, [FORWARD, BACKWARD])
+            around_shape_inference(pp_schedule, self._forgetting)
         self._last: Figures = {}
         self._lowest: dict[tuple[str, str], float] = {}
         self._warned: dict[tuple[str, str, str], str] = {}

@@ -5,7 +5,7 @@ uninitialized memory through the model. torchtitan's MoE layers count it as toke
 moves the balance between them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial, wraps
 
@@ -13,18 +13,13 @@ from torch import nn
 
 from .record import kept_token_counts
 
-FORWARD, BACKWARD = "_prepare_forward_infra", "_prepare_backward_infra"
 
-
-def around_shape_inference(
-    pp_schedule, context: Callable[[], AbstractContextManager], passes: Sequence[str]
-) -> None:
+def around_shape_inference(pp_schedule, context: Callable[[], AbstractContextManager]) -> None:
     """Have the stages of one of torch's pipeline schedules find out shapes inside a context.
 
     Args:
         pp_schedule: torch.distributed.pipelining's; its stages are changed in place.
-        context: Makes the context.
-        passes: Of FORWARD and BACKWARD.
+        context: Makes the context, one for each forward and backward.
     """
 
     def inside(prepare):
@@ -36,12 +31,11 @@ def around_shape_inference(
         return prepare_inside
 
     for stage in getattr(pp_schedule, "_stages", None) or [pp_schedule._stage]:
-        for name in passes:
+        for name in ("_prepare_forward_infra", "_prepare_backward_infra"):
             setattr(stage, name, inside(getattr(stage, name)))
 
 
 def keep_token_counts(pp_schedule, model_parts: list[nn.Module]) -> None:
     """Have a schedule's stages leave the counts of experts' tokens as they were; in place."""
-    kept = partial(kept_token_counts, model_parts)
-    # Under activation checkpointing a backward counts the tokens again.
-    around_shape_inference(pp_schedule, kept, [FORWARD, BACKWARD])
+    # Backwards count, too, under activation checkpointing.
+    around_shape_inference(pp_schedule, partial(kept_token_counts, model_parts))

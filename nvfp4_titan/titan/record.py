@@ -169,10 +169,14 @@ def kept_token_counts(model_parts: list[nn.Module]) -> Iterator[None]:
         count.copy_(kept)
 
 
+def compiles_model(job_config) -> bool:
+    """Whether the model is compiled, and not the loss alone."""
+    return job_config.compile.enable and "model" in job_config.compile.components
+
+
 def uses_cuda_graphs(job_config) -> bool:
     """Whether inductor's CUDA graphs run the model's compiled parts."""
-    compiled = job_config.compile.enable and "model" in job_config.compile.components
-    return bool(compiled and inductor.triton.cudagraphs)
+    return bool(compiles_model(job_config) and inductor.triton.cudagraphs)
 
 
 @torch.no_grad()

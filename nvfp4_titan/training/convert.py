@@ -16,14 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..backends import Backend, resolve
 from ..errors import ConfigError, check_types
-from ..recipe import (
-    DEFAULT_RULES,
-    Choice,
-    Recipe,
-    Selection,
-    get_recipe,
-    parse_rules,
-)
+from ..recipe import DEFAULT_RULES, Choice, Recipe, Selection, get_recipe, parse_rules
 from .experts import Converted, convert_experts, expert_weights
 from .linear import NVFP4Linear
 from .report import EXPERTS, LINEAR, Entry, Report
